@@ -1,0 +1,266 @@
+"""`knnmoe::KnnBlend` as an ONNX function of standard operators.
+
+The equations are in docs/method.md, the names and shapes in docs/design.md. Any runtime can run the
+function; where the TensorRT plugin is loaded, the plugin takes the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from knnmoe.runtime.blend import RBF_CLIP
+from knnmoe.runtime.bundle import TensorSpec
+from knnmoe.runtime.calibration import Similarity
+
+from .graph import KNNMOE, GraphBuilder
+
+NAME = "KnnBlend"
+_LARGEST = float(np.finfo(np.float32).max)
+
+INPUTS = (
+    "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration", "state",
+    "lengths",
+)  # fmt: skip
+OUTPUTS = ("r_out", "state_out", "confidence", "neighbors", "similarities")
+
+
+def memory_specs(hidden_size: int, num_experts: int) -> tuple[TensorSpec, ...]:
+    """The node's inputs that make up one gate's memory, with its state, in the node's order."""
+    return (
+        TensorSpec("keys", "float32", ("entries", hidden_size)),
+        TensorSpec("key_scales", "float32", ("entries", 2)),
+        TensorSpec("values", "float32", ("entries", num_experts)),
+        TensorSpec("n_valid", "int64", (1,)),
+        TensorSpec("k", "int64", (1,)),
+        TensorSpec("center", "float32", (hidden_size,)),
+        TensorSpec("calibration", "float32", (11,)),
+        TensorSpec("state", "float32", ("batch", 2)),
+    )
+
+
+LENGTHS = TensorSpec("lengths", "int64", ("batch",))
+RESULTS = (
+    TensorSpec("state_out", "float32", ("batch", 2)),
+    TensorSpec("confidence", "float32", ("tokens",)),
+    TensorSpec("neighbors", "int64", ("tokens", "neighbors")),
+    TensorSpec("similarities", "float32", ("tokens", "neighbors")),
+)
+
+
+def blend_node(
+    g: GraphBuilder, x: ir.Value, rows: ir.Value, memory: Sequence[ir.Value], similarity: Similarity
+) -> tuple[ir.Value, Sequence[ir.Value]]:
+    """Append the node: (r', [state_out, confidence, neighbors, similarities]).
+
+    `plugin_namespace` is what makes TensorRT look for the plugin; elsewhere it says nothing.
+    """
+    blended, *results = g.ops(
+        NAME, x, rows, *memory, count=len(OUTPUTS), domain=KNNMOE,
+        similarity=similarity, plugin_namespace=KNNMOE,
+    )  # fmt: skip
+    return blended, results
+
+
+def blend_function(similarity: Similarity) -> ir.Function:
+    """The function body for one similarity; a model holds one of the two."""
+    g = GraphBuilder(NAME)
+    v = {name: g.input(name, *_TYPES[name]) for name in INPUTS}
+    c = _calibration(g, v["calibration"])
+    scores = _scores(g, v, c, similarity)
+    found = _nearest(g, scores, v["n_valid"], v["k"])
+    weights = _weights(g, found, c)
+    means = _weighted_values(g, v["values"], found, weights)
+    evidence = _evidence(g, found, c)
+    gate, state = _sequence_gate(g, evidence, v["state"], v["lengths"], c)
+    confidence = _confidence(g, evidence, gate, c)
+    column = g.op("Unsqueeze", confidence, g.ints(1))
+    pulled = g.op("Sub", means, g.op("Mul", c["interpolate"], v["r"]))
+    moved = g.op("Add", v["r"], g.op("Mul", column, pulled))
+    # Where, and not the sum alone, so that λ = 0 leaves the row bit for bit as it was.
+    blended = g.op("Where", g.op("Greater", column, _number(g, 0.0)), moved, v["r"])
+    results = (blended, state, confidence, found.neighbors, found.similarities)
+    for value, name in zip(results, OUTPUTS, strict=True):
+        g.output(value, TensorSpec(name, *_TYPES[name]))
+    return g.function(KNNMOE, {"similarity": similarity, "plugin_namespace": KNNMOE})
+
+
+_TYPES: dict[str, tuple[str, tuple[int | str, ...]]] = {
+    "x": ("float32", ("T", "D")),
+    "r": ("float32", ("T", "E")),
+    "keys": ("float32", ("N", "D")),
+    "key_scales": ("float32", ("N", 2)),
+    "values": ("float32", ("N", "E")),
+    "n_valid": ("int64", (1,)),
+    "k": ("int64", (1,)),
+    "center": ("float32", ("D",)),
+    "calibration": ("float32", (11,)),
+    "state": ("float32", ("B", 2)),
+    "lengths": ("int64", ("B",)),
+    "r_out": ("float32", ("T", "E")),
+    "state_out": ("float32", ("B", 2)),
+    "confidence": ("float32", ("T",)),
+    "neighbors": ("int64", ("T", "K")),
+    "similarities": ("float32", ("T", "K")),
+}
+
+_CALIBRATION = (
+    "interpolate", "weight_power", "inverse_temperature", "mean", "scale", "power", "midpoint",
+    "sharpness", "cap", "sequence", "gamma",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Neighbours [T, K'], their similarities, and 1.0 or 0.0 for whether they exist."""
+
+    neighbors: ir.Value
+    similarities: ir.Value
+    exists: ir.Value
+
+
+def _number(g: GraphBuilder, content: float) -> ir.Value:
+    return g.constant(content, np.float32)
+
+
+def _calibration(g: GraphBuilder, calibration: ir.Value) -> Mapping[str, ir.Value]:
+    parts = g.ops("Split", calibration, count=11, axis=0, num_outputs=11)
+    return dict(zip(_CALIBRATION, parts, strict=True))
+
+
+def _column(g: GraphBuilder, matrix: ir.Value, index: int) -> ir.Value:
+    """One column of [N, 2], as [N]."""
+    return g.op("Gather", matrix, g.constant(index, np.int64), axis=1)
+
+
+def _row_sum(g: GraphBuilder, rows: ir.Value, *, keep: bool = True) -> ir.Value:
+    return g.op("ReduceSum", rows, g.ints(1), keepdims=int(keep))
+
+
+def _divide_or_zero(g: GraphBuilder, rows: ir.Value, by: ir.Value) -> ir.Value:
+    """rows / by, and rows / 1 where `by` is not positive (there the rows are zeros)."""
+    zero, one = _number(g, 0.0), _number(g, 1.0)
+    return g.op("Div", rows, g.op("Where", g.op("Greater", by, zero), by, one))
+
+
+def _scores(
+    g: GraphBuilder,
+    v: Mapping[str, ir.Value],
+    c: Mapping[str, ir.Value],
+    similarity: Similarity,
+) -> ir.Value:
+    """What the neighbours are ranked by, [T, N]: inner products (cosine) or similarities (RBF)."""
+    bound = _LARGEST if similarity == "cosine" else RBF_CLIP
+    queries = g.op(
+        "Clip", g.op("Sub", v["x"], v["center"]), _number(g, -bound), _number(g, bound)
+    )
+    if similarity == "cosine":
+        # Divided by the largest magnitude first: the squares of a finite row may overflow.
+        largest = g.op("ReduceMax", g.op("Abs", queries), g.ints(1), keepdims=1)
+        queries = _divide_or_zero(g, queries, largest)
+        norms = g.op("Sqrt", _row_sum(g, g.op("Mul", queries, queries)))
+        queries = _divide_or_zero(g, queries, norms)
+    products = g.op("Gemm", queries, v["keys"], transB=1)
+    products = g.op("Mul", products, _column(g, v["key_scales"], 0))
+    if similarity == "cosine":
+        return products
+    squares = _row_sum(g, g.op("Mul", queries, queries))
+    doubled = g.op("Mul", products, _number(g, 2.0))
+    distances = g.op("Add", g.op("Sub", squares, doubled), _column(g, v["key_scales"], 1))
+    distances = g.op("Max", distances, _number(g, 0.0))
+    return g.op("Exp", g.op("Neg", g.op("Mul", c["gamma"], distances)))
+
+
+def _nearest(g: GraphBuilder, scores: ir.Value, n_valid: ir.Value, k: ir.Value) -> _Found:
+    """The K' = min(K, N) best valid entries; ties go to the lower index, as TopK has it."""
+    capacity = g.op("Shape", scores, start=1, end=2)
+    zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
+    positions = g.op("Range", zero, g.op("Squeeze", capacity), one)
+    valid = g.op("Less", positions, n_valid)
+    masked = g.op("Where", valid, scores, _number(g, -np.inf))
+    best, neighbors = g.ops("TopK", masked, g.op("Min", k, capacity), count=2, axis=1)
+    exists = g.op("Cast", g.op("Less", neighbors, n_valid), to=int(ir.DataType.FLOAT))
+    # -inf of the entries that do not exist becomes 0 here.
+    similarities = g.op("Clip", best, _number(g, 0.0), _number(g, 1.0))
+    return _Found(neighbors, similarities, exists)
+
+
+def _weights(g: GraphBuilder, found: _Found, c: Mapping[str, ir.Value]) -> ir.Value:
+    """wᵢ ∝ sᵢ^a · exp(β (sᵢ - max s)) over the neighbours that exist, [T, K']."""
+    best = g.op("ReduceMax", found.similarities, g.ints(1), keepdims=1)
+    below = g.op("Sub", found.similarities, best)
+    raw = g.op("Pow", found.similarities, c["weight_power"])
+    raw = g.op("Mul", raw, g.op("Exp", g.op("Mul", c["inverse_temperature"], below)))
+    raw = g.op("Mul", raw, found.exists)
+    return _divide_or_zero(g, raw, _row_sum(g, raw))
+
+
+def _weighted_values(
+    g: GraphBuilder, values: ir.Value, found: _Found, weights: ir.Value
+) -> ir.Value:
+    """Σ wᵢ vᵢ, [T, E]. Capacity beyond n_valid may hold anything, NaN too: it is masked."""
+    gathered = g.op("Gather", values, found.neighbors, axis=0)
+    exists = g.op("Cast", found.exists, to=int(ir.DataType.BOOL))
+    gathered = g.op("Where", g.op("Unsqueeze", exists, g.ints(2)), gathered, _number(g, 0.0))
+    mean = g.op("MatMul", g.op("Unsqueeze", weights, g.ints(1)), gathered)
+    return g.op("Squeeze", mean, g.ints(1))
+
+
+def _evidence(g: GraphBuilder, found: _Found, c: Mapping[str, ir.Value]) -> ir.Value:
+    """s̄ [T]: the neighbours' mean similarity, or their sum up to 1."""
+    total = _row_sum(g, found.similarities, keep=False)
+    count = g.op("Max", _row_sum(g, found.exists, keep=False), _number(g, 1.0))
+    mean = g.op("Div", total, count)
+    bounded = g.op("Min", total, _number(g, 1.0))
+    return g.op("Where", g.op("Greater", c["mean"], _number(g, 0.5)), mean, bounded)
+
+
+def _sequence_gate(
+    g: GraphBuilder,
+    evidence: ir.Value,
+    state: ir.Value,
+    lengths: ir.Value,
+    c: Mapping[str, ir.Value],
+) -> tuple[ir.Value, ir.Value]:
+    """The gate g [T] and the state [B, 2] after the real tokens of each sequence."""
+    zero, one = _number(g, 0.0), _number(g, 1.0)
+    batch = g.op("Shape", state, start=0, end=1)
+    rows = g.op("Concat", batch, g.ints(-1), axis=0)
+    by_sequence = g.op("Reshape", evidence, rows)
+    width = g.op("Squeeze", g.op("Shape", by_sequence, start=1, end=2))
+    positions = g.op("Range", g.constant(0, np.int64), width, g.constant(1, np.int64))
+    real = g.op("Less", positions, g.op("Unsqueeze", lengths, g.ints(1)))
+    # Where, and not a product: what attention leaves in a row of padding may be NaN.
+    counted = g.op("Where", real, by_sequence, zero)
+    real = g.op("Cast", real, to=int(ir.DataType.FLOAT))
+    axis = g.constant(1, np.int64)
+    before_sum, before_count = g.ops("Split", state, count=2, axis=1, num_outputs=2)
+    sums = g.op("Add", before_sum, g.op("CumSum", counted, axis))
+    counts = g.op("Add", before_count, g.op("CumSum", real, axis))
+    last = g.ints(-1)
+    new_state = g.op(
+        "Concat",
+        g.op("Gather", sums, last, axis=1),
+        g.op("Gather", counts, last, axis=1),
+        axis=1,
+    )
+    whole = g.op("Greater", c["sequence"], _number(g, 0.5))
+    # A row of padding before any real token has seen none: it divides by one.
+    seen = g.op("Where", whole, g.op("Max", counts, one), one)
+    measured = g.op("Div", g.op("Where", whole, sums, by_sequence), seen)
+    growth = g.op("Min", g.op("Sqrt", seen), c["cap"])
+    above = g.op("Sub", measured, c["midpoint"])
+    gate = g.op("Sigmoid", g.op("Mul", g.op("Mul", growth, c["sharpness"]), above))
+    gate = g.op("Where", g.op("Equal", c["sharpness"], zero), one, gate)
+    return g.op("Reshape", gate, g.ints(-1)), new_state
+
+
+def _confidence(
+    g: GraphBuilder, evidence: ir.Value, gate: ir.Value, c: Mapping[str, ir.Value]
+) -> ir.Value:
+    """λ = clip(scale · s̄^p · g, 0, 1), [T]."""
+    strength = g.op("Mul", c["scale"], g.op("Pow", evidence, c["power"]))
+    return g.op("Clip", g.op("Mul", strength, gate), _number(g, 0.0), _number(g, 1.0))

@@ -1,0 +1,257 @@
+"""checkpoint → bundle."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from knnmoe import __version__
+from knnmoe.runtime.atomic import check_replaceable, new_directory
+from knnmoe.runtime.bundle import (
+    GATE_GRAPHS,
+    PRECISIONS,
+    TOKENIZER,
+    FileSpec,
+    FusedSpec,
+    GraphSpec,
+    Manifest,
+    SegmentSpec,
+    describe_file,
+    write_manifest,
+)
+from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
+from knnmoe.runtime.errors import CheckpointError, OutputError, SettingError
+
+from .architecture import Architecture, describe
+from .families import family_of
+from .gate_graphs import gate_functions, gate_graph
+from .graph import GraphBuilder, save
+from .lowering.ort_weights import segment_weights
+from .split import ModelPlan, fused_graph, segment_graph, segment_layers
+from .weights import PlannedFile, plan_file, write_file
+
+FUSED_GATE = "cosine"  # the gate graph inside the fused layout
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# A bound on what is not weights: graphs, tokenizer, manifest.
+_REST_BYTES = 32 << 20
+
+# (stage, bytes done, bytes in all); the stages are "fingerprint" and "weights", in this order.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        bundle: Where it is.
+        gates: Number of gates.
+        segments: Number of segments.
+        fused: Whether the fused layout is in it.
+        files: Every file with its size, in the order of the manifest.
+        seconds: How long it took.
+    """
+
+    bundle: Path
+    gates: int
+    segments: int
+    fused: bool
+    files: Mapping[str, FileSpec]
+    seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files except the manifest."""
+        return sum(spec.size for spec in self.files.values())
+
+
+def export(
+    checkpoint: Checkpoint | str | Path,
+    bundle: str | Path,
+    *,
+    precision: str = "fp32",
+    experts_per_token: int | None = None,
+    fused: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export a checkpoint as a bundle.
+
+    Args:
+        checkpoint: Opened, or its directory.
+        bundle: The directory to create.
+        precision: Of the experts.
+        experts_per_token: k of the seam; by default what the routing rule selects. More leaves room
+            for the `assignment` variant to mix further experts in.
+        fused: Also write the fused layout; it shares the weights, so it costs no space.
+        overwrite: Replace a bundle that is there.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read or exported.
+        SettingError: If precision or experts_per_token is out of range.
+        OutputError: If the bundle cannot be written. Nothing is left behind then.
+    """
+    started = time.perf_counter()
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    target = Path(bundle).absolute()
+    _check_apart(source, target)
+    check_replaceable(target, overwrite=overwrite)
+    if precision not in PRECISIONS:
+        raise SettingError(
+            "precision", "not supported", expected=" or ".join(PRECISIONS), found=precision
+        )
+    family = family_of(source)
+    architecture = describe(source, family)
+    room = _experts_per_token(architecture, experts_per_token)
+    copies = _copied_files(source)
+    weights = _plan_weights(architecture, source)
+    needed = sum(plan.nbytes for plan in weights) + sum(map(len, copies.values())) + _REST_BYTES
+    with new_directory(target, overwrite=overwrite, needed_bytes=needed) as directory:
+        fingerprint = source.fingerprint(_counter("fingerprint", source.total_bytes, progress))
+        files: dict[str, FileSpec] = {}
+        for folder in ("segments", "gates"):
+            (directory / folder).mkdir()
+        stored = {name: tensor for plan in weights for name, tensor in plan.stored.items()}
+        plan = ModelPlan(architecture, stored, room, precision)
+        segments = []
+        for index in range(architecture.shape.num_gates + 1):
+            g = segment_graph(plan, index)
+            spec = _write_graph(directory, f"segments/{index:02d}.onnx", g, files)
+            segments.append(
+                SegmentSpec(
+                    spec.file, spec.inputs, spec.outputs, segment_layers(architecture, index)
+                )
+            )
+        fused_spec = _write_fused(directory, plan, files) if fused else None
+        gates = {}
+        for name in GATE_GRAPHS:
+            g = gate_graph(name, plan.gate_shape)
+            gates[name] = _write_graph(
+                directory, f"gates/{name}.onnx", g, files, gate_functions(name)
+            )
+        count = _counter("weights", sum(plan.nbytes for plan in weights), progress)
+        for file in weights:
+            files[f"segments/{file.name}"] = write_file(file, directory / "segments", count)
+        for name, content in copies.items():
+            (directory / name).write_bytes(content)
+            files[name] = describe_file(directory / name)
+        manifest = Manifest(
+            family=family.name,
+            model_type=source.model_type,
+            fingerprint=fingerprint,
+            architecture=architecture.shape,
+            routing=architecture.routing,
+            experts_per_token=room,
+            precision=precision,
+            segments=tuple(segments),
+            fused=fused_spec,
+            gates=gates,
+            files=files,
+            producer={
+                "knnmoe": __version__,
+                "onnx_ir": ir.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        )
+        write_manifest(directory, manifest)
+    return ExportReport(
+        bundle=target,
+        gates=architecture.shape.num_gates,
+        segments=len(segments),
+        fused=fused,
+        files=files,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_apart(source: Checkpoint, target: Path) -> None:
+    """A bundle inside its checkpoint, or the other way round, could replace what it is made of."""
+    resolved, origin = target.resolve(), source.path.resolve()
+    if resolved == origin or resolved in origin.parents:
+        raise OutputError(
+            target, "is or contains the checkpoint itself", fix="Choose another directory."
+        )
+
+
+def _experts_per_token(architecture: Architecture, asked: int | None) -> int:
+    top_k, experts = architecture.routing.top_k, architecture.shape.num_experts
+    if asked is None:
+        return top_k
+    if not top_k <= asked <= experts:
+        raise SettingError(
+            "experts_per_token",
+            "out of range",
+            expected=f"from {top_k}, what the routing rule selects, to {experts}, all experts",
+            found=asked,
+        )
+    return asked
+
+
+def _plan_weights(architecture: Architecture, source: Checkpoint) -> list[PlannedFile]:
+    return [
+        plan_file(f"{index:02d}.safetensors", segment_weights(architecture, source, index))
+        for index in range(architecture.shape.num_gates + 1)
+    ]
+
+
+def _write_graph(
+    directory: Path,
+    file: str,
+    g: GraphBuilder,
+    files: dict[str, FileSpec],
+    functions: list[ir.Function] | None = None,
+) -> GraphSpec:
+    save(g.model(functions or ()), directory / file)
+    files[file] = describe_file(directory / file)
+    return GraphSpec(file, tuple(g.input_specs), tuple(g.output_specs))
+
+
+def _write_fused(directory: Path, plan: ModelPlan, files: dict[str, FileSpec]) -> FusedSpec:
+    g = fused_graph(plan, FUSED_GATE)
+    spec = _write_graph(directory, "segments/fused.onnx", g, files, gate_functions(FUSED_GATE))
+    layers = tuple(range(plan.architecture.shape.num_layers))
+    return FusedSpec(spec.file, spec.inputs, spec.outputs, layers, FUSED_GATE)
+
+
+def _copied_files(source: Checkpoint) -> dict[str, bytes]:
+    """The small files that go into the bundle as they are."""
+    required = source.path / TOKENIZER
+    if not required.is_file():
+        raise CheckpointError(
+            source.path,
+            f"{TOKENIZER} is missing",
+            expected="a tokenizer of the tokenizers library",
+            fix="Save it there with AutoTokenizer.from_pretrained(…).save_pretrained(…).",
+        )
+    copies = {}
+    for name in (TOKENIZER, TOKENIZER_CONFIG, CONFIG, GENERATION_CONFIG):
+        path = source.path / name
+        if path.is_file():
+            copies[name] = path.read_bytes()
+    if GENERATION_CONFIG not in copies:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        stated = {name: source.config[name] for name in names if name in source.config}
+        copies[GENERATION_CONFIG] = (json.dumps(stated, indent=2) + "\n").encode()
+    return copies
+
+
+def _counter(stage: str, total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(stage, done, total)
+
+    return count

@@ -1,0 +1,125 @@
+"""The gate as graphs: the routing rule, and the rule with the blend before or after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from knnmoe.runtime.bundle import FROZEN, TensorSpec
+from knnmoe.runtime.calibration import SIMILARITIES, Similarity
+from knnmoe.runtime.routing import RoutingRule
+
+from .blend_function import LENGTHS, RESULTS, blend_function, blend_node, memory_specs
+from .graph import GraphBuilder
+
+
+@dataclass(frozen=True)
+class GateShape:
+    """The sizes a gate graph depends on."""
+
+    hidden_size: int
+    num_experts: int
+    experts_per_token: int
+    routing: RoutingRule
+
+
+def route(
+    g: GraphBuilder, logits: ir.Value, shape: GateShape
+) -> tuple[ir.Value, ir.Value]:
+    """Append the routing rule: logits [T, E] → (expert_ids int32, expert_weights), [T, k].
+
+    If the seam has room for more experts than the rule selects, the rest have weight 0.
+    """
+    rule = shape.routing
+    scores = g.op("Softmax", logits, axis=-1)
+    weights, ids = g.ops("TopK", scores, g.ints(shape.experts_per_token), count=2, axis=-1)
+    if shape.experts_per_token > rule.top_k:
+        selected = np.arange(shape.experts_per_token) < rule.top_k
+        weights = g.op("Mul", weights, g.constant(selected[None, :], np.float32))
+    if rule.renormalize:
+        weights = g.op("Div", weights, g.op("ReduceSum", weights, g.ints(-1), keepdims=1))
+    if rule.scale != 1.0:
+        weights = g.op("Mul", weights, g.constant(rule.scale, np.float32))
+    return g.op("Cast", ids, to=int(ir.DataType.INT32)), weights
+
+
+def _assignments(g: GraphBuilder, logits: ir.Value, shape: GateShape) -> ir.Value:
+    """The rule's result as dense rows [T, E]."""
+    ids, weights = route(g, logits, shape)
+    zero = ir.Tensor(np.zeros(1, np.float32))
+    zeros = g.op("ConstantOfShape", g.op("Shape", logits), value=zero)
+    ids = g.op("Cast", ids, to=int(ir.DataType.INT64))
+    return g.op("ScatterElements", zeros, ids, weights, axis=1)
+
+
+def _heaviest(
+    g: GraphBuilder, assignments: ir.Value, shape: GateShape
+) -> tuple[ir.Value, ir.Value]:
+    """Cut assignments [T, E] to the heaviest experts; what is kept takes the mass of the row."""
+    count = shape.experts_per_token
+    weights, ids = g.ops("TopK", assignments, g.ints(count), count=2, axis=-1)
+    zero, one = g.constant(0.0, np.float32), g.constant(1.0, np.float32)
+    kept = g.op("ReduceSum", weights, g.ints(1), keepdims=1)
+    total = g.op("ReduceSum", assignments, g.ints(1), keepdims=1)
+    nonzero = g.op("Not", g.op("Equal", assignments, zero))
+    nonzero = g.op("Cast", nonzero, to=int(ir.DataType.INT32))
+    supported = g.op("ReduceSum", nonzero, g.ints(1), keepdims=1)
+    beyond = g.op("Greater", supported, g.constant(count, np.int32))
+    factor = g.op("Div", total, g.op("Where", g.op("Greater", kept, zero), kept, one))
+    weights = g.op("Mul", weights, g.op("Where", beyond, factor, one))
+    return g.op("Cast", ids, to=int(ir.DataType.INT32)), weights
+
+
+def gate_nodes(
+    g: GraphBuilder,
+    router_input: ir.Value,
+    router_logits: ir.Value,
+    memory: Sequence[ir.Value],
+    shape: GateShape,
+    name: str,
+) -> tuple[ir.Value, ir.Value, Sequence[ir.Value]]:
+    """Append the nodes of gate graph `name`: (expert_ids, expert_weights, [RESULTS])."""
+    if name == FROZEN:
+        return *route(g, router_logits, shape), ()
+    similarity = _similarity(name)
+    if name == similarity:
+        blended, results = blend_node(g, router_input, router_logits, memory, similarity)
+        return *route(g, blended, shape), results
+    rows = _assignments(g, router_logits, shape)
+    blended, results = blend_node(g, router_input, rows, memory, similarity)
+    return *_heaviest(g, blended, shape), results
+
+
+def gate_functions(name: str) -> list[ir.Function]:
+    """The functions that gate graph `name` calls."""
+    return [] if name == FROZEN else [blend_function(_similarity(name))]
+
+
+def gate_graph(name: str, shape: GateShape) -> GraphBuilder:
+    """A gate graph of the bundle, inputs and outputs as in docs/formats.md."""
+    g = GraphBuilder(f"gate-{name}")
+    x = g.input("router_input", "float32", ("tokens", shape.hidden_size))
+    logits = g.input("router_logits", "float32", ("tokens", shape.num_experts))
+    memory: list[ir.Value] = []
+    if name != FROZEN:
+        specs = (*memory_specs(shape.hidden_size, shape.num_experts), LENGTHS)
+        memory = [g.declare(spec) for spec in specs]
+    ids, weights, results = gate_nodes(g, x, logits, memory, shape, name)
+    for value, spec in zip((ids, weights), routed_specs(shape), strict=True):
+        g.output(value, spec)
+    for value, spec in zip(results, RESULTS, strict=bool(results)):
+        g.output(value, spec)
+    return g
+
+
+def routed_specs(shape: GateShape) -> tuple[TensorSpec, TensorSpec]:
+    """`expert_ids` and `expert_weights` as they cross the seam."""
+    size = ("tokens", shape.experts_per_token)
+    return TensorSpec("expert_ids", "int32", size), TensorSpec("expert_weights", "float32", size)
+
+
+def _similarity(name: str) -> Similarity:
+    return next(similarity for similarity in SIMILARITIES if name.startswith(similarity))

@@ -1,0 +1,211 @@
+"""The `ort` lowering: what the parts of a model become for ONNX Runtime.
+
+GroupQueryAttention with rotary embedding and the key-value cache in place, fused norms, and one node
+for all experts of a gate. Residual sums are always written together with the norm that follows them
+(SkipSimplifiedLayerNormalization), so that ONNX Runtime finds nothing left to fuse and the split and
+the fused layout compute the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from knnmoe.export.architecture import Architecture
+from knnmoe.export.graph import CONTRIB, GraphBuilder, StoredTensor
+
+from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, ROPE_COS, ROPE_SIN, layer_name
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What flows between the parts.
+
+    Attributes:
+        hidden: Residual stream [B, S, D] before the experts.
+        router_input: What router and experts read, [T, D].
+    """
+
+    hidden: ir.Value
+    router_input: ir.Value
+
+
+@dataclass(frozen=True)
+class CacheInputs:
+    """The attention inputs that are the same in every layer."""
+
+    seqlens_k: ir.Value
+    total_sequence_length: ir.Value
+
+
+class OrtLowering:
+    """Appends the parts of one model to a graph.
+
+    Args:
+        g: The graph under construction.
+        architecture: The model's.
+        stored: Where each weight lies, by its name in `ort_weights`.
+        experts_per_token: k of the seam.
+        precision: Of the experts; a key of `EXPERTS`.
+    """
+
+    def __init__(
+        self,
+        g: GraphBuilder,
+        architecture: Architecture,
+        stored: Mapping[str, StoredTensor],
+        experts_per_token: int,
+        precision: str,
+    ) -> None:
+        self._g = g
+        self._a = architecture
+        self._stored = stored
+        self._k = experts_per_token
+        self._experts = EXPERTS[precision]
+
+    def weight(self, name: str) -> ir.Value:
+        """The initializer of a weight."""
+        return self._g.weight(name, self._stored[name])
+
+    def embed(self, input_ids: ir.Value) -> ir.Value:
+        """input_ids [B, S] → hidden [B, S, D]."""
+        return self._g.op("Gather", self.weight(EMBEDDING), input_ids, axis=0)
+
+    def first_norm(self, hidden: ir.Value, layer: int) -> ir.Value:
+        """The norm before attention where no experts come before it, [B, S, D]."""
+        return self._norm(hidden, layer_name(layer, "input_norm"))
+
+    def attention(
+        self,
+        hidden: ir.Value,
+        normed: ir.Value,
+        layer: int,
+        past: tuple[ir.Value, ir.Value],
+        cache: CacheInputs,
+    ) -> tuple[Stream, tuple[ir.Value, ir.Value]]:
+        """Attention, residual sum and the norm before the router: (stream, (key, value) caches)."""
+        g, a = self._g, self._a
+        query, key, value = self._query_key_value(normed, layer)
+        outputs = g.ops(
+            "GroupQueryAttention", query, key, value, *past,
+            cache.seqlens_k, cache.total_sequence_length,
+            self.weight(ROPE_COS), self.weight(ROPE_SIN),
+            count=3, domain=CONTRIB, num_heads=a.shape.num_heads,
+            kv_num_heads=a.shape.num_kv_heads, do_rotary=1,
+        )  # fmt: skip
+        attended = self._flat(outputs[0], a.query_width)
+        projected = self._linear(attended, layer_name(layer, "output"))
+        projected = g.op("Reshape", projected, g.op("Shape", hidden))
+        router_input, hidden = self._add_norm(hidden, projected, layer_name(layer, "router_norm"))
+        stream = Stream(hidden, self._flat(router_input, a.shape.hidden_size))
+        return stream, (outputs[1], outputs[2])
+
+    def router(self, router_input: ir.Value, layer: int) -> ir.Value:
+        """router_input [T, D] → router_logits [T, E]."""
+        return self._linear(router_input, layer_name(layer, "router"))
+
+    def experts(
+        self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
+    ) -> ir.Value:
+        """The weighted sum of the chosen experts, in the shape of hidden, [B, S, D]."""
+        mixed = self._experts(self, stream.router_input, expert_ids, expert_weights, layer)
+        return self._g.op("Reshape", mixed, self._g.op("Shape", stream.hidden))
+
+    def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> tuple[ir.Value, ir.Value]:
+        """Residual sum and the norm before the next attention: (hidden, normed), [B, S, D]."""
+        normed, hidden = self._add_norm(hidden, mixed, layer_name(layer, "input_norm"))
+        return hidden, normed
+
+    def logits(self, hidden: ir.Value, mixed: ir.Value, logit_rows: ir.Value) -> ir.Value:
+        """Residual sum, final norm and head for the rows asked for: [R, V]."""
+        g, a = self._g, self._a
+        flat = self._flat(g.op("Add", hidden, mixed), a.shape.hidden_size)
+        rows = g.op("Gather", flat, logit_rows, axis=0)
+        return self._linear(self._norm(rows, FINAL_NORM), EMBEDDING if a.tied_head else HEAD)
+
+    def moe(
+        self, router_input: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
+    ) -> ir.Value:
+        """Experts in fp32 through com.microsoft.MoE, forced to the given ids and weights.
+
+        The node selects by itself, from logits. Given log(w), and -inf for the experts not chosen,
+        its softmax returns w / Σw and its selection the experts given; the sum is multiplied back.
+        """
+        g, a = self._g, self._a
+        experts = g.constant([a.shape.num_experts], np.int64)
+        tokens = g.op("Shape", router_input, start=0, end=1)
+        empty = g.op(
+            "ConstantOfShape",
+            g.op("Concat", tokens, experts, axis=0),
+            value=ir.Tensor(np.zeros(1, np.float32)),
+        )
+        # Added, so that an id that is there twice (as padding of weight 0) does no harm.
+        ids = g.op("Cast", expert_ids, to=int(ir.DataType.INT64))
+        dense = g.op("ScatterElements", empty, ids, expert_weights, axis=1, reduction="add")
+        total = g.op("ReduceSum", expert_weights, g.ints(1), keepdims=1)
+        # A token whose weights are all 0 would be all -inf, and its softmax NaN.
+        some = g.op("Greater", total, g.constant(0.0, np.float32))
+        forced = g.op("Where", some, g.op("Log", dense), g.constant(0.0, np.float32))
+        mixed = g.op(
+            "MoE", router_input, forced,
+            self.weight(layer_name(layer, "gate_up")), None,
+            self.weight(layer_name(layer, "down")),
+            domain=CONTRIB, k=self._k, activation_type="swiglu", swiglu_fusion=1,
+            activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=1,
+        )  # fmt: skip
+        return g.op("Mul", mixed, total)
+
+    def _query_key_value(
+        self, normed: ir.Value, layer: int
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """normed [B, S, D] → query [B, S, Q], key and value [B, S, KV]."""
+        g, a = self._g, self._a
+        widths = (a.query_width, a.kv_width, a.kv_width)
+        packed = self._linear(self._flat(normed, a.shape.hidden_size), layer_name(layer, "qkv"))
+        query, key, value = g.ops("Split", packed, g.ints(*widths), count=3, axis=1)
+        query = self._norm(query, layer_name(layer, "query_norm"))
+        key = self._norm(key, layer_name(layer, "key_norm"))
+        batch = g.op("Shape", normed, start=0, end=2)
+        parts = []
+        for part, width in zip((query, key, value), widths, strict=True):
+            bounded = part if a.clip_qkv is None else self._clip(part, a.clip_qkv)
+            shape = g.op("Concat", batch, g.ints(width), axis=0)
+            parts.append(g.op("Reshape", bounded, shape))
+        return parts[0], parts[1], parts[2]
+
+    def _clip(self, value: ir.Value, bound: float) -> ir.Value:
+        low, high = (self._g.constant(b, np.float32) for b in (-bound, bound))
+        return self._g.op("Clip", value, low, high)
+
+    def _flat(self, value: ir.Value, width: int) -> ir.Value:
+        """[B, S, width] → [T, width]."""
+        return self._g.op("Reshape", value, self._g.ints(-1, width))
+
+    def _linear(self, rows: ir.Value, name: str) -> ir.Value:
+        """rows [T, in] by a weight [out, in] → [T, out]."""
+        return self._g.op("Gemm", rows, self.weight(name), transB=1)
+
+    def _norm(self, value: ir.Value, name: str) -> ir.Value:
+        return self._g.op(
+            "SimplifiedLayerNormalization", value, self.weight(name),
+            axis=-1, epsilon=self._a.norm_epsilon, stash_type=1,
+        )  # fmt: skip
+
+    def _add_norm(
+        self, hidden: ir.Value, added: ir.Value, name: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum)."""
+        outputs = self._g.ops(
+            "SkipSimplifiedLayerNormalization", hidden, added, self.weight(name),
+            count=4, domain=CONTRIB, epsilon=self._a.norm_epsilon,
+        )  # fmt: skip
+        return outputs[0], outputs[3]
+
+
+Experts = Callable[[OrtLowering, ir.Value, ir.Value, ir.Value, int], ir.Value]
+
+# The seam for other precisions: weights laid out otherwise, and another node to read them.
+EXPERTS: dict[str, Experts] = {"fp32": OrtLowering.moe}

@@ -1,0 +1,109 @@
+"""How the `ort` lowering lays a checkpoint's weights out, segment by segment.
+
+Linear layers stay [out, in], as the checkpoint has them: Gemm multiplies by the transpose, which is
+as fast, needs no transposed copy, and lets a tied head share the embedding's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnmoe.export.architecture import Architecture
+from knnmoe.export.weights import PlannedTensor, row_chunks
+from knnmoe.runtime.checkpoint import Checkpoint
+
+EMBEDDING, HEAD, FINAL_NORM = "embedding", "head", "final_norm"
+ROPE_COS, ROPE_SIN = "rope.cos", "rope.sin"
+
+
+def layer_name(layer: int, part: str) -> str:
+    """Name of a layer's weight: in the file, and as an initializer."""
+    return f"layers.{layer}.{part}"
+
+
+def segment_weights(
+    architecture: Architecture, checkpoint: Checkpoint, segment: int
+) -> list[PlannedTensor]:
+    """What the weights file of one segment holds, in order."""
+    shape, names = architecture.shape, architecture.family.tensors
+    hidden = shape.hidden_size
+    planned: list[PlannedTensor] = []
+
+    def copied(name: str, *sources: str, size: tuple[int, ...]) -> None:
+        planned.append(PlannedTensor(name, size, lambda: _rows(checkpoint, sources)))
+
+    if segment == 0:
+        copied(EMBEDDING, names.embedding, size=(shape.vocab_size, hidden))
+        planned.extend(_rope(architecture))
+    else:
+        planned.extend(_experts(architecture, checkpoint, segment - 1))
+    if segment < shape.num_layers:
+        layer, query, kv = segment, architecture.query_width, architecture.kv_width
+
+        def of_layer(part: str, *templates: str, size: tuple[int, ...]) -> None:
+            sources = (template.format(layer=layer) for template in templates)
+            copied(layer_name(layer, part), *sources, size=size)
+
+        of_layer("input_norm", names.input_norm, size=(hidden,))
+        of_layer("qkv", names.query, names.key, names.value, size=(query + 2 * kv, hidden))
+        of_layer("query_norm", names.query_norm, size=(query,))
+        of_layer("key_norm", names.key_norm, size=(kv,))
+        of_layer("output", names.output, size=(hidden, query))
+        of_layer("router_norm", names.router_norm, size=(hidden,))
+        of_layer("router", names.router, size=(shape.num_experts, hidden))
+    else:
+        copied(FINAL_NORM, names.final_norm, size=(hidden,))
+        if not architecture.tied_head:
+            copied(HEAD, names.head, size=(shape.vocab_size, hidden))
+    return planned
+
+
+def _rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[NDArray[np.float32]]:
+    for name in names:
+        yield from row_chunks(checkpoint.tensor(name))
+
+
+def _experts(
+    architecture: Architecture, checkpoint: Checkpoint, layer: int
+) -> list[PlannedTensor]:
+    """The stacks that com.microsoft.MoE reads: gate and up rows interleaved, and down."""
+    names, shape = architecture.family.tensors, architecture.shape
+    hidden, width, count = shape.hidden_size, architecture.expert_width, shape.num_experts
+
+    def interleaved() -> Iterator[NDArray[np.float32]]:
+        for expert in range(count):
+            pair = np.empty((width, 2, hidden), np.float32)
+            pair[:, 0] = checkpoint.tensor(names.expert_gate.format(layer=layer, expert=expert))
+            pair[:, 1] = checkpoint.tensor(names.expert_up.format(layer=layer, expert=expert))
+            yield pair
+
+    def down() -> Iterator[NDArray[np.float32]]:
+        for expert in range(count):
+            name = names.expert_down.format(layer=layer, expert=expert)
+            yield from row_chunks(checkpoint.tensor(name))
+
+    return [
+        PlannedTensor(layer_name(layer, "gate_up"), (count, 2 * width, hidden), interleaved),
+        PlannedTensor(layer_name(layer, "down"), (count, hidden, width), down),
+    ]
+
+
+def _rope(architecture: Architecture) -> list[PlannedTensor]:
+    """Cosines and sines [positions, head size / 2], computed as transformers does, in fp32."""
+    size, positions = architecture.shape.head_size, architecture.shape.max_positions
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    frequencies = 1.0 / (np.float32(architecture.rope_theta) ** exponents)
+    rows = 4096
+
+    def table(function: np.ufunc) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, positions, rows):
+            steps = np.arange(start, min(start + rows, positions), dtype=np.float32)
+            yield function(np.outer(steps, frequencies)).astype(np.float32)
+
+    return [
+        PlannedTensor(ROPE_COS, (positions, size // 2), lambda: table(np.cos)),
+        PlannedTensor(ROPE_SIN, (positions, size // 2), lambda: table(np.sin)),
+    ]

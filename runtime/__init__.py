@@ -1,0 +1,1 @@
+"""The part an embedded device installs: bundles, memories, gates, engines, generation."""

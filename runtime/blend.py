@@ -1,0 +1,216 @@
+"""The blend: the NumPy reference of the one operation this project exists for.
+
+Every other host of it (ONNX function, faiss, CUDA) is tested against this file. The equations are
+in docs/method.md; names and shapes are those of the `knnmoe::KnnBlend` node in docs/design.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Calibration, Similarity
+
+Floats = NDArray[np.floating[Any]]
+
+RBF_CLIP = 1e17  # squares of anything larger overflow fp32 when summed
+
+
+@dataclass(frozen=True)
+class GateMemory:
+    """One gate's memory, ready to be searched; shapes and dtypes as in docs/design.md.
+
+    `similarity` and `rule_first` are the two things that choose the graph; the rest is data.
+    """
+
+    keys: NDArray[np.float32]  # [N, D] centred; unit length for cosine
+    key_scales: NDArray[np.float32]  # [N, 2] multiplier, squared norm
+    values: NDArray[np.float32]  # [N, E]
+    n_valid: int
+    k: int
+    center: NDArray[np.float32]  # [D]
+    calibration: Calibration
+    similarity: Similarity
+    rule_first: bool  # the `assignment` variant: routing rule, then blend
+
+    @staticmethod
+    def empty(hidden_size: int, num_experts: int) -> GateMemory:
+        """A memory without entries: routing stays the frozen router's, bit for bit."""
+        return GateMemory(
+            keys=np.zeros((1, hidden_size), np.float32),
+            key_scales=np.ones((1, 2), np.float32),
+            values=np.zeros((1, num_experts), np.float32),
+            n_valid=0,
+            k=1,
+            center=np.zeros(hidden_size, np.float32),
+            calibration=Calibration(),
+            similarity="cosine",
+            rule_first=False,
+        )
+
+
+@dataclass(frozen=True)
+class Blended:
+    """What one call returns: r' [T, E], λ [T], neighbours with similarities [T, K'], state."""
+
+    rows: Floats
+    confidence: Floats
+    neighbors: NDArray[np.int64]
+    similarities: Floats
+    state: Floats
+
+
+def knn_blend(
+    x: Floats,
+    rows: Floats,
+    memory: GateMemory,
+    state: Floats,
+    lengths: NDArray[np.int64],
+    *,
+    dtype: type[np.floating[Any]] = np.float32,
+) -> Blended:
+    """Blend neighbours' values into the rows [T, E] of router logits (or assignments).
+
+    Args:
+        x: Router inputs [T, D]; T = B·S, sequence-major.
+        rows: Router logits, or dense assignments if the memory's rule comes first.
+        memory: What to search.
+        state: Evidence so far [B, 2]: sum, tokens.
+        lengths: Real new tokens a sequence [B]; rows beyond them are padding.
+        dtype: Arithmetic; float64 is the oracle of the tests.
+    """
+    x, rows = x.astype(dtype), rows.astype(dtype)
+    neighbors, similarities, found = search(x, memory, dtype)
+    return blend_found(rows, memory, neighbors, similarities, found, state, lengths, dtype=dtype)
+
+
+def search(
+    x: Floats, memory: GateMemory, dtype: type[np.floating[Any]]
+) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
+    """The K nearest entries of each x [T, D]: ids, similarities and whether they exist, [T, K'].
+
+    K' = min(K, N); entries at or after n_valid are returned with similarity 0 and `False`.
+    """
+    return rank(inner_products(x, memory, dtype), x, memory, dtype)
+
+
+def inner_products(x: Floats, memory: GateMemory, dtype: type[np.floating[Any]]) -> Floats:
+    """q·key [T, N] of the prepared queries with every entry, true scale."""
+    queries = prepare_queries(x, memory)
+    keys = memory.keys.astype(dtype, copy=False)
+    products: Floats = queries @ keys.T * memory.key_scales[:, 0].astype(dtype)
+    return products
+
+
+def rank(
+    products: Floats, x: Floats, memory: GateMemory, dtype: type[np.floating[Any]]
+) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
+    """From inner products [T, N] to the K best: ids, similarities, existence, [T, K']."""
+    if memory.similarity == "cosine":
+        scores = products
+    else:
+        queries = prepare_queries(x, memory)
+        squares = (queries * queries).sum(axis=1, keepdims=True)
+        norms = memory.key_scales[:, 1].astype(dtype)
+        gamma = dtype(memory.calibration.gamma)
+        distances = np.maximum(squares - 2 * products + norms, 0)
+        scores = np.exp(-gamma * distances)
+    count = scores.shape[1]
+    exists = np.arange(count) < memory.n_valid
+    scores = np.where(exists, scores, -np.inf)
+    # Sorting by -score with a stable sort gives ties to the lower index, as ONNX TopK does.
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, : min(memory.k, count)]
+    found = exists[ids]
+    similarities = np.clip(np.take_along_axis(scores, ids, axis=1), 0, 1)
+    return ids, similarities.astype(dtype), found
+
+
+def prepare_queries(x: Floats, memory: GateMemory) -> Floats:
+    """x [T, D] as it is compared: centred, and of unit length for cosine."""
+    cosine = memory.similarity == "cosine"
+    bound = np.finfo(np.float32).max if cosine else RBF_CLIP
+    with np.errstate(over="ignore"):  # of the difference of two huge numbers: clipped right here
+        queries: Floats = np.clip(x - memory.center.astype(x.dtype), -bound, bound)
+    return unit_rows(queries) if cosine else queries
+
+
+def unit_rows(rows: Floats) -> Floats:
+    """Rows of length one; rows of zeros stay zeros, and no finite row overflows."""
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    rows = rows / np.where(largest > 0, largest, 1)
+    norms = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
+    unit: Floats = rows / np.where(norms > 0, norms, 1)
+    return unit
+
+
+def blend_found(
+    rows: Floats,
+    memory: GateMemory,
+    neighbors: NDArray[np.int64],
+    similarities: Floats,
+    found: NDArray[np.bool_],
+    state: Floats,
+    lengths: NDArray[np.int64],
+    *,
+    dtype: type[np.floating[Any]] = np.float32,
+) -> Blended:
+    """The second half of `knn_blend`, for neighbours found by whatever search."""
+    numbers = memory.calibration
+    weights = neighbor_weights(similarities, found, numbers)
+    # Capacity beyond n_valid may hold anything, NaN too: it is masked, not weighted by zero.
+    values = np.where(found[:, :, None], memory.values[neighbors], 0).astype(dtype)
+    means = np.einsum("tk,tke->te", weights, values)
+    evidence = token_evidence(similarities, found, numbers)
+    gate, new_state = sequence_gate(evidence, state.astype(dtype), lengths, numbers)
+    strength = dtype(numbers.scale) * evidence ** dtype(numbers.power) * gate
+    confidence = np.clip(strength, 0, 1).astype(dtype)
+    correction = confidence[:, None] * (means - dtype(numbers.interpolate) * rows)
+    blended = np.where(confidence[:, None] > 0, rows + correction, rows)
+    return Blended(blended, confidence, neighbors, similarities, new_state)
+
+
+def neighbor_weights(
+    similarities: Floats, found: NDArray[np.bool_], numbers: Calibration
+) -> Floats:
+    """wᵢ ∝ sᵢ^a · exp(β (sᵢ - max s)) over the neighbours that exist, [T, K']."""
+    dtype = similarities.dtype.type
+    best = similarities.max(axis=1, keepdims=True)
+    raw = similarities ** dtype(numbers.weight_power)
+    raw = raw * np.exp(dtype(numbers.inverse_temperature) * (similarities - best)) * found
+    total = raw.sum(axis=1, keepdims=True)
+    weights: Floats = raw / np.where(total > 0, total, 1)
+    return weights
+
+
+def token_evidence(similarities: Floats, found: NDArray[np.bool_], numbers: Calibration) -> Floats:
+    """s̄ [T]: the neighbours' mean similarity, or their sum up to 1."""
+    evidence: Floats = similarities.sum(axis=1)
+    if numbers.mean:
+        evidence = evidence / np.maximum(found.sum(axis=1), 1).astype(evidence.dtype)
+    return np.minimum(evidence, 1)
+
+
+def sequence_gate(
+    evidence: Floats, state: Floats, lengths: NDArray[np.int64], numbers: Calibration
+) -> tuple[Floats, Floats]:
+    """The gate g [T] and the advanced state [B, 2]; evidence [T] is sequence-major."""
+    dtype = evidence.dtype.type
+    by_sequence = evidence.reshape(state.shape[0], -1)
+    real = np.arange(by_sequence.shape[1])[None, :] < lengths[:, None]
+    sums = state[:, :1] + np.cumsum(by_sequence * real, axis=1)
+    tokens: Floats = state[:, 1:] + np.cumsum(real, axis=1).astype(dtype)
+    new_state = np.stack([sums[:, -1], tokens[:, -1]], axis=1)
+    if not numbers.sharpness:
+        return np.ones_like(evidence), new_state
+    measured, seen = by_sequence, np.ones_like(by_sequence)
+    if numbers.sequence:
+        # A row of padding before any real token has seen none: it divides by one.
+        seen = np.maximum(tokens, 1)
+        measured = sums / seen
+    growth = np.minimum(np.sqrt(seen), dtype(numbers.cap))
+    z = growth * dtype(numbers.sharpness) * (measured - dtype(numbers.midpoint))
+    gate: Floats = 1 / (1 + np.exp(-np.clip(z, -80, 80)))
+    return gate.reshape(-1).astype(dtype), new_state

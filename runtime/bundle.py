@@ -1,0 +1,415 @@
+"""Bundles: the exported directory, its manifest, and the checks before any of it is used.
+
+The format is described in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, SettingError
+from .manifest import Fields, parse_object
+from .routing import RoutingRule
+
+SCHEMA = "knnmoe.bundle/1"
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_DIRECTORY_ENTRIES = 100_000
+MAX_GATES = 4096
+MAX_DIMENSION = 1 << 31
+
+DTYPES = ("float32", "int64", "int32")
+PRECISIONS = ("fp32",)
+FROZEN = "frozen"
+GATE_GRAPHS = (FROZEN, "cosine", "rbf", "cosine-assignment", "rbf-assignment")
+TOKENIZER = "tokenizer.json"
+
+EXPORT_AGAIN = "Export the checkpoint again with `knnmoe-export`, or copy the bundle again."
+
+_BLOCK = 4 << 20
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph; dimensions are numbers, or names where they are free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A gate graph: its file and what goes in and out."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class SegmentSpec(GraphSpec):
+    """A segment; `layers` are those whose key-value cache it holds."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FusedSpec(SegmentSpec):
+    """The fused graph; `gate` names the gate graph it contains at every gate."""
+
+    gate: str
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of the model, as in the manifest's `architecture`."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_gates: int
+    num_experts: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`, checked; field by field as in docs/formats.md."""
+
+    family: str
+    model_type: str
+    fingerprint: str
+    architecture: ModelShape
+    routing: RoutingRule
+    experts_per_token: int
+    precision: str
+    segments: tuple[SegmentSpec, ...]
+    fused: FusedSpec | None
+    gates: Mapping[str, GraphSpec]
+    files: Mapping[str, FileSpec]
+    producer: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it is written."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: a directory whose manifest has been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Bundle:
+        """Check a bundle and open it.
+
+        Args:
+            verify: Hash every file. Without it, existence and sizes are still checked.
+            progress: Called with the number of bytes just hashed.
+
+        Raises:
+            BundleError: If the directory is not a bundle, of another schema, incomplete, changed,
+                or unsafe (a path that leaves it, a symbolic link).
+        """
+        root = Path(path)
+        manifest = read_manifest(root)
+        _refuse_links(root)
+        for name, stated in manifest.files.items():
+            _check_size(root, name, stated)
+        if verify:
+            for name, stated in manifest.files.items():
+                _check_hash(root, name, stated, progress)
+        return Bundle(root, manifest)
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle; `BundleError` if the manifest does not list it."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                self.path / MANIFEST, f"does not list the file {name}", fix=EXPORT_AGAIN
+            )
+        return self.path / name
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files except the manifest."""
+        return sum(stated.size for stated in self.manifest.files.values())
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check `manifest.json` alone, no other file; raises as `Bundle.open`."""
+    path = root / MANIFEST
+    if not root.is_dir() or path.is_symlink() or not path.is_file():
+        raise BundleError(
+            root, "not a bundle", expected=f"a directory with a file {MANIFEST}", fix=EXPORT_AGAIN
+        )
+    try:
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise BundleError(
+                path,
+                "is too large",
+                expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+                found=size,
+                fix=EXPORT_AGAIN,
+            )
+        with path.open("rb") as stream:
+            content = parse_object(stream.read(MAX_MANIFEST_BYTES))
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({error.strerror})", fix=EXPORT_AGAIN) from error
+    except ValueError as error:
+        raise BundleError(path, f"is not valid JSON ({error})", fix=EXPORT_AGAIN) from error
+    found = content.get("schema")
+    if found != SCHEMA:
+        raise BundleError(
+            f"{path}: schema",
+            "unknown",
+            expected=SCHEMA,
+            found=str(found)[:100],
+            fix="Use the version of knnmoe that wrote the bundle, or export again with this one.",
+        )
+    return _parse(Fields(str(path), content, BundleError, EXPORT_AGAIN))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`; the other files are already there."""
+    text = json.dumps(manifest.to_json(), indent=1, allow_nan=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def describe_file(path: Path) -> FileSpec:
+    """Hash a file that has just been written."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return FileSpec(digest.hexdigest(), path.stat().st_size)
+
+
+def _parse(top: Fields) -> Manifest:
+    top.only(
+        "schema", "family", "model_type", "fingerprint", "architecture", "routing",
+        "experts_per_token", "precision", "segments", "fused", "gates", "files", "producer",
+    )  # fmt: skip
+    files = {
+        _file_name(top, name): _file_spec(entry) for name, entry in top.object("files").items()
+    }
+    shape = _model_shape(top.object("architecture"))
+    rule = _routing(top.object("routing"), shape)
+    manifest = Manifest(
+        family=top.text("family"),
+        model_type=top.text("model_type"),
+        fingerprint=top.text("fingerprint", pattern=r"sha256:[0-9a-f]{64}"),
+        architecture=shape,
+        routing=rule,
+        experts_per_token=top.integer("experts_per_token", rule.top_k, shape.num_experts),
+        precision=top.text("precision", choices=PRECISIONS),
+        segments=tuple(_segment(entry, files, shape) for entry in top.objects("segments")),
+        fused=_fused(top.object("fused"), files, shape) if top.has("fused") else None,
+        gates={name: _gate(entry, files) for name, entry in top.object("gates").items()},
+        files=files,
+        producer={name: top.object("producer").text(name) for name in top.object("producer").names},
+    )
+    _check_whole(top, manifest)
+    return manifest
+
+
+def _check_whole(top: Fields, manifest: Manifest) -> None:
+    """What no field can tell alone."""
+    shape = manifest.architecture
+    if len(manifest.segments) != shape.num_gates + 1:
+        raise top.wrong(
+            "segments",
+            "wrong number",
+            expected=f"{shape.num_gates + 1}, one more than gates",
+            found=len(manifest.segments),
+        )
+    layers = [layer for segment in manifest.segments for layer in segment.layers]
+    if layers != list(range(shape.num_layers)):
+        raise top.wrong(
+            "segments",
+            "their layers are not those of the model",
+            expected=f"0 to {shape.num_layers - 1} in order",
+            found=layers[:20],
+        )
+    for name in manifest.gates:
+        if name not in GATE_GRAPHS:
+            raise top.wrong(f"gates.{name}", "unknown gate graph", expected=GATE_GRAPHS)
+    for name in (FROZEN, *([manifest.fused.gate] if manifest.fused else [])):
+        if name not in manifest.gates:
+            raise top.wrong(f"gates.{name}", "missing", expected="a gate graph")
+    if TOKENIZER not in manifest.files:
+        raise top.wrong("files", f"{TOKENIZER} is missing")
+
+
+def _model_shape(entry: Fields) -> ModelShape:
+    names = tuple(ModelShape.__dataclass_fields__)
+    entry.only(*names)
+    shape = ModelShape(**{name: entry.integer(name, 1, MAX_DIMENSION) for name in names})
+    if shape.num_layers > MAX_GATES or not shape.num_gates <= shape.num_layers:
+        raise entry.wrong(
+            "num_gates",
+            "out of range",
+            expected=f"num_gates <= num_layers <= {MAX_GATES}",
+            found=f"{shape.num_gates} and {shape.num_layers}",
+        )
+    return shape
+
+
+def _routing(entry: Fields, shape: ModelShape) -> RoutingRule:
+    entry.only("score", "top_k", "renormalize", "scale")
+    try:
+        return RoutingRule(
+            top_k=entry.integer("top_k", 1, shape.num_experts),
+            score=entry.text("score"),
+            renormalize=entry.boolean("renormalize"),
+            scale=entry.number("scale"),
+        )
+    except SettingError as error:
+        raise BundleError(
+            f"{entry.where}.{error.where.removeprefix('routing.')}",
+            error.problem,
+            expected=error.expected,
+            found=error.found,
+            fix="Use the version of knnmoe that wrote the bundle.",
+        ) from error
+
+
+def _gate(entry: Fields, files: Mapping[str, FileSpec]) -> GraphSpec:
+    entry.only("file", "inputs", "outputs")
+    return GraphSpec(**_graph(entry, files))
+
+
+def _segment(entry: Fields, files: Mapping[str, FileSpec], shape: ModelShape) -> SegmentSpec:
+    entry.only("file", "layers", "inputs", "outputs")
+    return SegmentSpec(**_graph(entry, files), layers=_layers(entry, shape))
+
+
+def _fused(entry: Fields, files: Mapping[str, FileSpec], shape: ModelShape) -> FusedSpec:
+    entry.only("file", "layers", "inputs", "outputs", "gate")
+    return FusedSpec(**_graph(entry, files), layers=_layers(entry, shape), gate=entry.text("gate"))
+
+
+def _graph(entry: Fields, files: Mapping[str, FileSpec]) -> dict[str, Any]:
+    file = entry.text("file")
+    if file not in files:
+        raise entry.wrong("file", "not among the manifest's files", found=file)
+    return {
+        "file": file,
+        "inputs": tuple(_tensor(spec) for spec in entry.objects("inputs")),
+        "outputs": tuple(_tensor(spec) for spec in entry.objects("outputs")),
+    }
+
+
+def _layers(entry: Fields, shape: ModelShape) -> tuple[int, ...]:
+    return tuple(entry.integers("layers", 0, shape.num_layers - 1))
+
+
+def _tensor(entry: Fields) -> TensorSpec:
+    entry.only("name", "dtype", "shape")
+    dimensions = entry.raw("shape")
+    if not isinstance(dimensions, list) or not all(_is_dimension(d) for d in dimensions):
+        raise entry.wrong(
+            "shape", "malformed", expected="a list of numbers and names", found=dimensions
+        )
+    return TensorSpec(entry.text("name"), entry.text("dtype", choices=DTYPES), tuple(dimensions))
+
+
+def _is_dimension(found: Any) -> bool:
+    if isinstance(found, str):
+        return 0 < len(found) <= 100
+    return type(found) is int and 0 <= found <= MAX_DIMENSION
+
+
+def _file_spec(entry: Fields) -> FileSpec:
+    entry.only("sha256", "size")
+    return FileSpec(
+        entry.text("sha256", pattern=r"[0-9a-f]{64}"), entry.integer("size", 0, 1 << 50)
+    )
+
+
+def _file_name(top: Fields, name: str) -> str:
+    """A relative path with forward slashes that stays inside the directory."""
+    parts = name.split("/")
+    unsafe = any(part in ("", ".", "..") for part in parts) or "\\" in name or ":" in name
+    if unsafe or "\0" in name or len(name) > 255 or name == MANIFEST:
+        raise top.wrong(
+            "files",
+            "a path that may leave the bundle",
+            expected="a relative path inside it",
+            found=repr(name[:100]),
+        )
+    return name
+
+
+def _refuse_links(root: Path) -> None:
+    count = 0
+    for directory, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            count += 1
+            path = Path(directory, name)
+            if path.is_symlink():
+                raise BundleError(
+                    path,
+                    "is a symbolic link",
+                    expected="plain files only",
+                    fix="Copy the bundle with its links resolved (cp -rL).",
+                )
+        if count > MAX_DIRECTORY_ENTRIES:
+            raise BundleError(root, "holds too many files", fix=EXPORT_AGAIN)
+
+
+def _check_size(root: Path, name: str, stated: FileSpec) -> None:
+    path = root / name
+    if not path.is_file():
+        raise BundleError(path, "is missing", fix=EXPORT_AGAIN)
+    size = path.stat().st_size
+    if size != stated.size:
+        raise BundleError(
+            path,
+            "has another size than the manifest states",
+            expected=f"{stated.size} bytes",
+            found=f"{size} bytes",
+            fix=EXPORT_AGAIN,
+        )
+
+
+def _check_hash(root: Path, name: str, stated: FileSpec, progress: Progress | None) -> None:
+    path = root / name
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                if progress is not None:
+                    progress(len(block))
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({error.strerror})", fix=EXPORT_AGAIN) from error
+    if digest.hexdigest() != stated.sha256:
+        raise BundleError(
+            path,
+            "has been changed: its sha256 is not the manifest's",
+            expected=stated.sha256,
+            found=digest.hexdigest(),
+            fix=EXPORT_AGAIN,
+        )

@@ -1,0 +1,78 @@
+"""What a set of running sequences keeps between steps: keys and values, evidence, lengths."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import ModelShape
+from .errors import SettingError
+
+
+@dataclass
+class Cache:
+    """State of B sequences that run together; one thread at a time may use it.
+
+    Attributes:
+        capacity: Tokens a sequence can reach.
+        keys, values: By layer, [B, KV heads, capacity, head size] fp32, updated in place.
+        states: [G, B, 2] fp32, the evidence of each gate's sequence gate so far.
+        states_out: The same after a step, before it is taken over.
+        lengths: [B] int64, tokens so far.
+        plans: Bound steps by shape, owned by the pipeline.
+    """
+
+    capacity: int
+    keys: dict[int, NDArray[np.float32]]
+    values: dict[int, NDArray[np.float32]]
+    states: NDArray[np.float32]
+    states_out: NDArray[np.float32]
+    lengths: NDArray[np.int64]
+    plans: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+
+    @staticmethod
+    def allocate(architecture: ModelShape, batch: int, capacity: int) -> Cache:
+        """An empty cache; its pages are touched only as tokens arrive.
+
+        Raises:
+            SettingError: If the batch is empty or the capacity is beyond the model's positions.
+        """
+        if batch < 1:
+            raise SettingError("batch", "out of range", expected=">= 1", found=batch)
+        if not 1 <= capacity <= architecture.max_positions:
+            raise SettingError(
+                "capacity",
+                "out of range",
+                expected=f"1 to {architecture.max_positions} tokens, the positions of this model",
+                found=capacity,
+            )
+        shape = (batch, architecture.num_kv_heads, capacity, architecture.head_size)
+        layers = range(architecture.num_layers)
+        states = np.zeros((architecture.num_gates, batch, 2), np.float32)
+        return Cache(
+            capacity=capacity,
+            keys={layer: np.zeros(shape, np.float32) for layer in layers},
+            values={layer: np.zeros(shape, np.float32) for layer in layers},
+            states=states,
+            states_out=np.zeros_like(states),
+            lengths=np.zeros(batch, np.int64),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Sequences B."""
+        return len(self.lengths)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values at full capacity."""
+        return sum(array.nbytes for array in (*self.keys.values(), *self.values.values()))
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory and the bound steps stay."""
+        self.lengths[:] = 0
+        self.states[:] = 0

@@ -1,0 +1,1 @@
+"""Engines: something that runs a segment on a device."""

@@ -1,0 +1,96 @@
+"""The gate as NumPy reference: what the other backends are compared with, and always available."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..blend import Blended, GateMemory, blend_found, search
+from ..routing import RoutingRule, select_assignments
+from .base import GateBuffers, GateTrace, Run, pad_experts
+
+ROWS_AT_ONCE = 64  # bounds the [rows, N] matrix of similarities
+
+
+@dataclass(frozen=True)
+class NumpyGate:
+    """Retrieval, blend and rule in NumPy.
+
+    Args:
+        rule: The model's routing rule.
+        experts_per_token: k of the seam.
+        memory: None routes by the frozen router.
+        dtype: Arithmetic; float64 is the oracle of the tests.
+    """
+
+    rule: RoutingRule
+    experts_per_token: int
+    memory: GateMemory | None = None
+    dtype: type[np.floating[Any]] = np.float32
+
+    backend = "numpy"
+
+    @property
+    def neighbors(self) -> int:
+        """See `Gate.neighbors`."""
+        return 0 if self.memory is None else min(self.memory.k, len(self.memory.keys))
+
+    def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
+        """See `Gate.bind`."""
+
+        def run() -> None:
+            rows = buffers.router_logits.astype(self.dtype, copy=False)
+            if self.memory is None:
+                ids, weights = self.rule.apply(rows)
+                np.copyto(buffers.state_out, buffers.state)
+            else:
+                if self.memory.rule_first:
+                    rows = self.rule.assignments(rows)
+                blended = self.blend(self.memory, rows, buffers)
+                ids, weights = self._select(blended.rows)
+                rows = blended.rows
+                np.copyto(buffers.state_out, blended.state, casting="same_kind")
+                if trace is not None:
+                    np.copyto(trace.confidence, blended.confidence, casting="same_kind")
+                    np.copyto(trace.neighbors, blended.neighbors)
+                    np.copyto(trace.similarities, blended.similarities, casting="same_kind")
+            ids, weights = pad_experts(ids, weights, rows, self.experts_per_token)
+            np.copyto(buffers.expert_ids, ids)
+            np.copyto(buffers.expert_weights, weights, casting="same_kind")
+
+        return run
+
+    def blend(self, memory: GateMemory, rows: NDArray[Any], buffers: GateBuffers) -> Blended:
+        """Search and blend; a backend with its own search replaces `find`."""
+        x = buffers.router_input.astype(self.dtype, copy=False)
+        found = [
+            self.find(memory, x[start : start + ROWS_AT_ONCE])
+            for start in range(0, len(x), ROWS_AT_ONCE)
+        ]
+        neighbors, similarities, exists = (
+            np.concatenate(part) for part in zip(*found, strict=True)
+        )
+        return blend_found(
+            rows,
+            memory,
+            neighbors,
+            similarities,
+            exists,
+            buffers.state,
+            buffers.lengths,
+            dtype=self.dtype,
+        )
+
+    def find(
+        self, memory: GateMemory, x: NDArray[Any]
+    ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.bool_]]:
+        """The K nearest entries of each x [T, D]: ids, similarities, existence, [T, K']."""
+        return search(x, memory, self.dtype)
+
+    def _select(self, blended: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]]:
+        if self.memory is not None and self.memory.rule_first:
+            return select_assignments(blended, self.experts_per_token)
+        return self.rule.apply(blended)

@@ -1,0 +1,57 @@
+"""Which gate runs which memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import numpy as np
+
+from ..blend import GateMemory
+from ..engines.base import Engine
+from ..errors import BackendError
+from ..routing import RoutingRule
+from .base import Gate
+from .faiss import EXACT_ENTRIES, FaissGate, build_index
+from .numpy import NumpyGate
+from .onnx import OnnxGate, graph_name
+
+Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "faiss"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+EngineOf = Callable[[str], Engine]
+
+
+def make_gate(
+    backend: Backend,
+    memory: GateMemory | None,
+    rule: RoutingRule,
+    experts_per_token: int,
+    engine_of: EngineOf,
+) -> Gate:
+    """One gate on the backend asked for.
+
+    Args:
+        backend: A name, or `auto` (see `choose`).
+        memory: None for a gate the memory does not cover: the frozen router.
+        engine_of: Loads a gate graph of the bundle by name.
+
+    Raises:
+        BackendError: If the backend is unknown, or faiss is asked for and not installed.
+    """
+    if backend not in BACKENDS:
+        raise BackendError("gate", "unknown backend", expected=BACKENDS, found=backend)
+    chosen = choose(memory) if backend == "auto" else backend
+    if chosen == "onnx":
+        return OnnxGate.over(engine_of(graph_name(memory)), memory)
+    if chosen == "faiss" and memory is not None:
+        return FaissGate(rule, experts_per_token, memory, index=build_index(memory))
+    dtype = np.float64 if chosen == "numpy-float64" else np.float32
+    return NumpyGate(rule, experts_per_token, memory, dtype)
+
+
+def choose(memory: GateMemory | None) -> Backend:
+    """The ONNX graph; faiss for memories too large to scan whole at every token, if installed."""
+    large = memory is not None and memory.n_valid > EXACT_ENTRIES
+    return "faiss" if large and find_spec("faiss") is not None else "onnx"

@@ -1,0 +1,501 @@
+"""Memory packs: one memory on disk, with its provenance, and what the runtime makes of it.
+
+The format is described in docs/formats.md. A pack is checked whole before any of it is used:
+schema, paths, sizes, hashes, shapes, finite numbers, and that it belongs to the model at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .atomic import new_directory
+from .blend import GateMemory, unit_rows
+from .bundle import MAX_DIMENSION, MAX_GATES, describe_file
+from .calibration import (
+    MAX_NEIGHBORS,
+    SIMILARITIES,
+    VARIANTS,
+    Calibration,
+    Similarity,
+    Variant,
+    check_neighbors,
+)
+from .errors import MemoryPackError, SettingError
+from .manifest import Fields, parse_object
+from .routing import RoutingRule
+
+SCHEMA = "knnmoe.memory/1"
+MANIFEST = "memory.json"
+ENTRIES = "entries.safetensors"
+MAX_MANIFEST_BYTES = 16 << 20
+REBUILD = "Build the memory again with `knnmoe memory build`."
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a memory belongs to; a bundle and a checkpoint of it agree on every field."""
+
+    fingerprint: str
+    model_type: str
+    num_gates: int
+    hidden_size: int
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class GateEntries:
+    """What building found for one gate.
+
+    Attributes:
+        keys: Router inputs [N, D], fp16 or fp32.
+        router_logits: The frozen router's logits [N, E], same dtype.
+        residuals: Learned minus router logits [N, E], same dtype.
+        center: Mean of the keys [D], fp32.
+    """
+
+    keys: Array
+    router_logits: Array
+    residuals: Array
+    center: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EntryOrigins:
+    """Where each entry came from, [N] int32 each: token id, document, position in it."""
+
+    token_ids: NDArray[np.int32]
+    documents: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PackFile:
+    """A file of the pack as its manifest states it."""
+
+    file: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class PackGate:
+    """One covered gate: its file, how many entries it has, how its similarity is used."""
+
+    gate: int
+    stored: PackFile
+    entries: int
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
+class MemoryPack:
+    """A memory pack that has been opened and checked, tensors still on disk.
+
+    Use `MemoryPack.open`; it raises `MemoryPackError` for anything wrong with the directory.
+    """
+
+    path: Path
+    model: ModelIdentity
+    variant: Variant
+    neighbors: int
+    similarity: Similarity
+    gates: tuple[PackGate, ...]
+    origins: PackFile | None
+    provenance: Mapping[str, Any]
+
+    @staticmethod
+    def open(path: str | Path, *, verify: bool = True) -> MemoryPack:
+        """Read and check a pack; with `verify` also every file's hash."""
+        root = Path(path)
+        pack = _parse(root, _read_manifest(root))
+        files = [gate.stored for gate in pack.gates] + ([pack.origins] if pack.origins else [])
+        for stored in files:
+            _check_file(root, stored, verify)
+        return pack
+
+    @property
+    def entries(self) -> int:
+        """Entries of the largest gate."""
+        return max(gate.entries for gate in self.gates)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the pack's tensors on disk."""
+        return sum(gate.stored.size for gate in self.gates)
+
+    def check_belongs_to(self, model: ModelIdentity) -> None:
+        """Raise `MemoryPackError` unless this memory was built for that model."""
+        for name, expected in asdict(model).items():
+            found = getattr(self.model, name)
+            if found != expected:
+                raise MemoryPackError(
+                    self.path / MANIFEST,
+                    f"this memory belongs to another model (model.{name} differs)",
+                    expected=expected,
+                    found=found,
+                    fix="Build a memory from the checkpoint this bundle was exported from.",
+                )
+
+    def read(self, gate: PackGate) -> GateEntries:
+        """Load one gate's tensors, checking shapes before allocating and numbers after."""
+        shapes = {
+            "keys": (gate.entries, self.model.hidden_size),
+            "router_logits": (gate.entries, self.model.num_experts),
+            "residuals": (gate.entries, self.model.num_experts),
+            "center": (self.model.hidden_size,),
+        }
+        tensors = _read_tensors(self.path / gate.stored.file, shapes, ("F16", "F32"))
+        return GateEntries(**tensors)
+
+    def read_origins(self) -> EntryOrigins | None:
+        """Where the entries came from, or None if the pack does not say."""
+        if self.origins is None:
+            return None
+        shapes = dict.fromkeys(("token_ids", "documents", "positions"), (self.entries,))
+        return EntryOrigins(**_read_tensors(self.path / self.origins.file, shapes, ("I32",)))
+
+    def with_settings(
+        self,
+        *,
+        variant: Variant | None = None,
+        neighbors: int | None = None,
+        similarity: Similarity | None = None,
+        calibration: Calibration | Mapping[int, Calibration] | None = None,
+    ) -> MemoryPack:
+        """The same memory used differently; nothing on disk changes.
+
+        A change of variant alone keeps each gate's other numbers.
+        """
+        if variant is not None and variant not in VARIANTS:
+            raise SettingError("variant", "unknown", expected=VARIANTS, found=variant)
+        if similarity is not None and similarity not in SIMILARITIES:
+            raise SettingError("similarity", "unknown", expected=SIMILARITIES, found=similarity)
+
+        def numbers(gate: PackGate) -> Calibration:
+            if isinstance(calibration, Calibration):
+                return calibration
+            if calibration is not None and gate.gate in calibration:
+                return calibration[gate.gate]
+            return gate.calibration.with_variant(variant) if variant else gate.calibration
+
+        return replace(
+            self,
+            variant=variant or self.variant,
+            neighbors=check_neighbors(self.neighbors if neighbors is None else neighbors),
+            similarity=similarity or self.similarity,
+            gates=tuple(replace(gate, calibration=numbers(gate)) for gate in self.gates),
+        )
+
+    def gate_memory(self, gate: PackGate, rule: RoutingRule) -> GateMemory:
+        """One gate's memory as the blend takes it.
+
+        Args:
+            gate: One of `self.gates`.
+            rule: The model's; the `assignment` variant applies it to the learned logits.
+        """
+        entries = self.read(gate)
+        keys, scales = prepare_keys(entries.keys, entries.center, self.similarity)
+        return GateMemory(
+            keys=keys,
+            key_scales=scales,
+            values=_values(entries, self.variant, rule),
+            n_valid=gate.entries,
+            k=self.neighbors,
+            center=entries.center,
+            calibration=gate.calibration,
+            similarity=self.similarity,
+            rule_first=self.variant == "assignment",
+        )
+
+
+def prepare_keys(
+    keys: Array, center: NDArray[np.float32], similarity: Similarity
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Stored keys [N, D] as the blend compares them: (keys fp32 [N, D], key_scales fp32 [N, 2])."""
+    prepared = keys.astype(np.float32) - center
+    if similarity == "cosine":
+        prepared = unit_rows(prepared)
+    squares = np.einsum("nd,nd->n", prepared, prepared, dtype=np.float64)
+    scales = np.stack([np.ones(len(prepared)), squares], axis=1).astype(np.float32)
+    return np.ascontiguousarray(prepared, dtype=np.float32), scales
+
+
+def _values(entries: GateEntries, variant: Variant, rule: RoutingRule) -> NDArray[np.float32]:
+    residuals = entries.residuals.astype(np.float32)
+    if variant == "residual":
+        return residuals
+    learned = entries.router_logits.astype(np.float32) + residuals
+    return learned if variant == "logits" else rule.assignments(learned)
+
+
+def write_pack(
+    path: str | Path,
+    *,
+    model: ModelIdentity,
+    gates: Mapping[int, GateEntries],
+    variant: Variant,
+    neighbors: int,
+    similarity: Similarity,
+    calibration: Calibration | Mapping[int, Calibration],
+    origins: EntryOrigins | None,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+) -> MemoryPack:
+    """Write a memory pack and return it opened.
+
+    Args:
+        gates: Entries by gate; gates without any are left to the frozen router.
+        calibration: For all gates, or by gate.
+
+    Raises:
+        MemoryPackError: If a gate is empty, or holds NaN or infinite numbers.
+        OutputError: If the directory cannot be written.
+    """
+    if not gates:
+        raise MemoryPackError(path, "no gate has entries", fix="Use a longer reference text.")
+    check_neighbors(neighbors)
+    for gate, entries in gates.items():
+        if len(entries.keys) == 0:
+            raise MemoryPackError(
+                path, f"gate {gate} has no entries", fix="Use a longer reference text."
+            )
+        for name, tensor in asdict(entries).items():
+            if not np.isfinite(tensor).all():
+                raise MemoryPackError(
+                    path,
+                    f"{name} of gate {gate} has NaN or infinite numbers",
+                    fix="Store with more precision, or build with a lower rate.",
+                )
+    with new_directory(Path(path), overwrite=overwrite) as target:
+        stated = []
+        for gate, entries in sorted(gates.items()):
+            numbers = calibration if isinstance(calibration, Calibration) else calibration[gate]
+            stored = _write_tensors(target, f"gate-{gate:02d}.safetensors", asdict(entries))
+            stated.append(
+                {
+                    "gate": gate,
+                    **asdict(stored),
+                    "entries": len(entries.keys),
+                    "calibration": numbers.to_json(),
+                }
+            )
+        written = _write_tensors(target, ENTRIES, asdict(origins)) if origins else None
+        _write_manifest(
+            target,
+            {
+                "schema": SCHEMA,
+                "model": asdict(model),
+                "variant": variant,
+                "neighbors": neighbors,
+                "similarity": similarity,
+                "gates": stated,
+                "entries": asdict(written) if written else None,
+                "provenance": dict(provenance),
+            },
+        )
+    return MemoryPack.open(path)
+
+
+def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryPack:
+    """Replace the settings and provenance of a pack on disk by those of `pack`, atomically.
+
+    Only `memory.json` changes; it is written beside the old one and renamed over it.
+    """
+    manifest = _read_manifest(pack.path)
+    by_gate = {gate.gate: gate for gate in pack.gates}
+    manifest["variant"] = pack.variant
+    manifest["neighbors"] = pack.neighbors
+    manifest["similarity"] = pack.similarity
+    manifest["provenance"] = dict(provenance)
+    for stated in manifest["gates"]:
+        stated["calibration"] = by_gate[stated["gate"]].calibration.to_json()
+    _write_manifest(pack.path, manifest)
+    return MemoryPack.open(pack.path)
+
+
+def _write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    temporary = directory / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
+
+
+def _write_tensors(directory: Path, name: str, tensors: Mapping[str, Array]) -> PackFile:
+    path = directory / name
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
+    stated = describe_file(path)
+    return PackFile(name, stated.sha256, stated.size)
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    path = root / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise MemoryPackError(
+            root, "not a memory pack", expected=f"a directory with a file {MANIFEST}", fix=REBUILD
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise MemoryPackError(
+            path,
+            "is too large",
+            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+            found=path.stat().st_size,
+            fix=REBUILD,
+        )
+    try:
+        manifest = parse_object(path.read_bytes())
+    except OSError as error:
+        raise MemoryPackError(path, f"cannot be read ({error.strerror})", fix=REBUILD) from error
+    except ValueError as error:
+        raise MemoryPackError(path, f"is not valid JSON ({error})", fix=REBUILD) from error
+    if manifest.get("schema") != SCHEMA:
+        raise MemoryPackError(
+            f"{path}: schema",
+            "unknown",
+            expected=SCHEMA,
+            found=str(manifest.get("schema"))[:100],
+            fix="Use the version of knnmoe that wrote the pack, or build it again with this one.",
+        )
+    return manifest
+
+
+def _parse(root: Path, manifest: dict[str, Any]) -> MemoryPack:
+    top = Fields(str(root / MANIFEST), manifest, MemoryPackError, REBUILD)
+    top.only(
+        "schema", "model", "variant", "neighbors", "similarity", "gates", "entries", "provenance"
+    )
+    model = _parse_model(top.object("model"))
+    gates = tuple(_parse_gate(entry, model) for entry in top.objects("gates"))
+    numbers = [gate.gate for gate in gates]
+    if not gates or sorted(set(numbers)) != numbers:
+        raise top.wrong(
+            "gates", "must be listed once each, in order, at least one", found=numbers[:10]
+        )
+    variant = top.text("variant", choices=VARIANTS)
+    similarity = top.text("similarity", choices=SIMILARITIES)
+    return MemoryPack(
+        path=root,
+        model=model,
+        variant=cast(Variant, variant),
+        neighbors=top.integer("neighbors", 1, MAX_NEIGHBORS),
+        similarity=cast(Similarity, similarity),
+        gates=gates,
+        origins=_parse_file(top.object("entries")) if top.has("entries") else None,
+        provenance=top.object("provenance").content,
+    )
+
+
+def _parse_model(entry: Fields) -> ModelIdentity:
+    entry.only("fingerprint", "model_type", "num_gates", "hidden_size", "num_experts")
+    return ModelIdentity(
+        fingerprint=entry.text("fingerprint", pattern=r"sha256:[0-9a-f]{64}"),
+        model_type=entry.text("model_type"),
+        num_gates=entry.integer("num_gates", 1, MAX_GATES),
+        hidden_size=entry.integer("hidden_size", 1, MAX_DIMENSION),
+        num_experts=entry.integer("num_experts", 1, MAX_DIMENSION),
+    )
+
+
+def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
+    entry.only("gate", "file", "sha256", "size", "entries", "calibration")
+    try:
+        calibration = Calibration.from_json(entry.object("calibration").content)
+    except SettingError as error:
+        raise MemoryPackError(
+            f"{entry.where}: {error.where}",
+            error.problem,
+            expected=error.expected,
+            found=error.found,
+            fix=REBUILD,
+        ) from error
+    return PackGate(
+        gate=entry.integer("gate", 0, model.num_gates - 1),
+        stored=_parse_file(entry),
+        entries=entry.integer("entries", 1, MAX_DIMENSION),
+        calibration=calibration,
+    )
+
+
+def _parse_file(entry: Fields) -> PackFile:
+    return PackFile(
+        entry.text("file", pattern=r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"),
+        entry.text("sha256", pattern=r"[0-9a-f]{64}"),
+        entry.integer("size", 0, 1 << 50),
+    )
+
+
+def _check_file(root: Path, stored: PackFile, verify: bool) -> None:
+    path = root / stored.file
+    if path.is_symlink():
+        raise MemoryPackError(
+            path,
+            "is a symbolic link",
+            expected="a regular file",
+            fix="Copy the pack with its files, not links to them.",
+        )
+    if not path.is_file():
+        raise MemoryPackError(path, "missing", fix="Copy the pack again, or build it again.")
+    size = path.stat().st_size
+    if size != stored.size:
+        raise MemoryPackError(
+            path,
+            "has another size than memory.json states",
+            expected=stored.size,
+            found=size,
+            fix="Copy the pack again, or build it again.",
+        )
+    if verify and (digest := describe_file(path).sha256) != stored.sha256:
+        raise MemoryPackError(
+            path,
+            "was changed (sha256 differs)",
+            expected=stored.sha256,
+            found=digest,
+            fix="Copy the pack again, or build it again.",
+        )
+
+
+def _read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[str, ...]
+) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+            if names != set(shapes):
+                raise MemoryPackError(
+                    path,
+                    "holds other tensors",
+                    expected=sorted(shapes),
+                    found=sorted(names),
+                    fix=REBUILD,
+                )
+            for name, shape in shapes.items():
+                view = file.get_slice(name)
+                found = (tuple(view.get_shape()), view.get_dtype())
+                if found[0] != shape or found[1] not in dtypes:
+                    raise MemoryPackError(
+                        path,
+                        f"tensor {name} has another shape or dtype",
+                        expected=f"{list(shape)} {'/'.join(dtypes)}",
+                        found=f"{list(found[0])} {found[1]}",
+                        fix=REBUILD,
+                    )
+            tensors = {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise MemoryPackError(
+            path, "not a readable safetensors file", found=error, fix=REBUILD
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise MemoryPackError(path, f"tensor {name} has NaN or infinite numbers", fix=REBUILD)
+    if "center" in tensors:
+        tensors["center"] = tensors["center"].astype(np.float32)
+    return tensors

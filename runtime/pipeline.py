@@ -1,0 +1,240 @@
+"""A step: segment, gate, segment, gate, …, logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import Cache
+from .errors import InputError
+from .layouts import BoundStep, GateRecord, Layout, StepBuffers
+
+Rows = Literal["last", "all"]
+
+PLANS_KEPT = 6  # bound shapes a cache remembers; decoding needs one
+PREFILL_CHUNK = 512  # bounds the buffers and the [tokens, N] similarities of a long prompt
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A bound step with its buffers and the layout it was bound for."""
+
+    layout: Layout
+    buffers: StepBuffers
+    bound: BoundStep
+
+
+class Pipeline:
+    """Runs steps over caches. It has no state but the layout: threads share it, each with a cache.
+
+    Args:
+        layout: Engines and gates. Assigning another one (a swapped memory) takes effect at the next
+            step of each cache and never inside one.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        return self.layout.architecture.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens a sequence can have."""
+        return self.layout.architecture.max_positions
+
+    def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
+        """An empty cache for B sequences of up to `capacity` tokens (default: all positions)."""
+        size = self.max_positions if capacity is None else capacity
+        return Cache.allocate(self.layout.architecture, batch, size)
+
+    def step(
+        self,
+        cache: Cache,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64] | None = None,
+        rows: Rows = "last",
+    ) -> NDArray[np.float32]:
+        """Advance every sequence by its tokens and return logits.
+
+        Args:
+            cache: Of B sequences.
+            input_ids: [B, S] token ids, padded on the right with any valid id.
+            lengths: [B] how many of the S are real; all by default.
+            rows: `last`: logits [B, V] after each sequence's last real token; `all`: [B·S, V].
+
+        Returns:
+            fp32 logits in a buffer that the next step over this cache overwrites.
+
+        Raises:
+            InputError: If ids are out of the vocabulary, or a sequence outgrows the cache.
+        """
+        ids = np.asarray(input_ids, np.int64)
+        counts = self._check(cache, ids, lengths)
+        layout = self.layout
+        if ids.shape[0] == 1 and ids.shape[1] > PREFILL_CHUNK:
+            return self._chunk_by_chunk(layout, cache, ids, rows)
+        if ids.shape[0] > 1 and ids.shape[1] > 1 and cache.lengths.any():
+            return self._column_by_column(layout, cache, ids, counts, rows)
+        plan = self._fill(layout, cache, ids, counts, rows)
+        self._run(plan, cache, counts)
+        return plan.buffers.logits
+
+    def timed_step(
+        self, cache: Cache, input_ids: NDArray[np.int64], rows: Rows = "last"
+    ) -> dict[str, float]:
+        """A step that returns the milliseconds of each part by name, in order."""
+        ids = np.asarray(input_ids, np.int64)
+        counts = self._check(cache, ids, None)
+        plan = self._fill(self.layout, cache, ids, counts, rows)
+        stamps = [perf_counter_ns()]
+        for run in plan.bound.runs:
+            run()
+            stamps.append(perf_counter_ns())
+        self._take_over(cache, counts)
+        spans = zip(plan.bound.names, stamps, stamps[1:], strict=False)
+        return {name: (end - start) / 1e6 for name, start, end in spans}
+
+    def traced_step(
+        self, cache: Cache, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], tuple[GateRecord, ...]]:
+        """A step that also returns what each gate decided: (logits [B·S, V], one record a gate)."""
+        ids = np.asarray(input_ids, np.int64)
+        counts = self._check(cache, ids, None)
+        plan = self._fill(self.layout, cache, ids, counts, "all", traced=True)
+        self._run(plan, cache, counts)
+        return plan.buffers.logits, plan.bound.records
+
+    def _check(
+        self, cache: Cache, ids: NDArray[np.int64], lengths: NDArray[np.int64] | None
+    ) -> NDArray[np.int64]:
+        if ids.ndim != 2 or ids.shape[0] != cache.batch or ids.shape[1] < 1:
+            raise InputError(
+                "input_ids",
+                "wrong shape",
+                expected=f"[{cache.batch}, S >= 1]",
+                found=list(ids.shape),
+            )
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise InputError(
+                "input_ids",
+                "token id outside the vocabulary",
+                expected=f"0 to {self.vocab_size - 1}",
+                found=f"{ids.min()} to {ids.max()}",
+            )
+        counts = np.full(cache.batch, ids.shape[1], np.int64)
+        if lengths is not None:
+            counts = np.asarray(lengths, np.int64)
+            if counts.shape != (cache.batch,) or counts.min() < 1 or counts.max() != ids.shape[1]:
+                raise InputError(
+                    "lengths",
+                    "out of range",
+                    expected=f"[{cache.batch}] from 1 to S, S at least once",
+                    found=counts.tolist(),
+                )
+        longest = int(cache.lengths.max()) + ids.shape[1]
+        if longest > cache.capacity:
+            raise InputError(
+                "input_ids",
+                "the sequence outgrows its context",
+                expected=f"at most {cache.capacity} tokens",
+                found=longest,
+                fix="Use a shorter prompt or fewer new tokens.",
+            )
+        return counts
+
+    def _fill(
+        self,
+        layout: Layout,
+        cache: Cache,
+        ids: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        rows: Rows,
+        *,
+        traced: bool = False,
+    ) -> _Plan:
+        plan = self._plan(layout, cache, ids.shape[1], rows, traced)
+        buffers = plan.buffers
+        buffers.input_ids[...] = ids
+        buffers.lengths[...] = counts
+        # A sequence without a real token (a padded column) writes beyond its end, where the next
+        # real token will overwrite it.
+        np.subtract(
+            cache.lengths + np.maximum(counts, 1), 1, out=buffers.seqlens_k, casting="same_kind"
+        )
+        buffers.total_sequence_length[...] = cache.lengths.max() + ids.shape[1]
+        if rows == "last":
+            starts = np.arange(cache.batch) * ids.shape[1]
+            buffers.logit_rows[...] = starts + np.maximum(counts, 1) - 1
+        return plan
+
+    def _plan(self, layout: Layout, cache: Cache, length: int, rows: Rows, traced: bool) -> _Plan:
+        key = (length, rows, traced)
+        plan: _Plan | None = cache.plans.get(key)
+        if plan is not None and plan.layout is layout:
+            cache.plans.move_to_end(key)
+            return plan
+        if any(kept.layout is not layout for kept in cache.plans.values()):
+            cache.plans.clear()
+            cache.states[:] = 0  # evidence about another memory says nothing about this one
+        count = cache.batch if rows == "last" else cache.batch * length
+        buffers = StepBuffers.allocate(cache.batch, length, count, self.vocab_size)
+        buffers.logit_rows[...] = np.arange(count)
+        plan = _Plan(layout, buffers, layout.bind(buffers, cache, traced=traced))
+        cache.plans[key] = plan
+        while len(cache.plans) > PLANS_KEPT:
+            cache.plans.popitem(last=False)
+        return plan
+
+    def _chunk_by_chunk(
+        self, layout: Layout, cache: Cache, ids: NDArray[np.int64], rows: Rows
+    ) -> NDArray[np.float32]:
+        """One long sequence takes its tokens in pieces."""
+        pieces = []
+        for start in range(0, ids.shape[1], PREFILL_CHUNK):
+            piece = ids[:, start : start + PREFILL_CHUNK]
+            counts = np.array([piece.shape[1]], np.int64)
+            plan = self._fill(layout, cache, piece, counts, rows)
+            self._run(plan, cache, counts)
+            pieces.append(plan.buffers.logits.copy() if rows == "all" else plan.buffers.logits)
+        return np.concatenate(pieces) if rows == "all" else pieces[-1]
+
+    def _column_by_column(
+        self,
+        layout: Layout,
+        cache: Cache,
+        ids: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        rows: Rows,
+    ) -> NDArray[np.float32]:
+        """Several sequences with a past take one token at a time: the attention operator takes no
+        longer piece of a batch once there is a past.
+        """
+        batch, length = ids.shape
+        gathered = np.empty((batch, length, self.vocab_size), np.float32)
+        for column in range(length):
+            real = (counts > column).astype(np.int64)
+            plan = self._fill(layout, cache, ids[:, column : column + 1], real, "last")
+            self._run(plan, cache, real)
+            gathered[:, column] = plan.buffers.logits
+        if rows == "all":
+            return gathered.reshape(batch * length, -1)
+        return gathered[np.arange(batch), counts - 1]
+
+    @classmethod
+    def _run(cls, plan: _Plan, cache: Cache, counts: NDArray[np.int64]) -> None:
+        for run in plan.bound.runs:
+            run()
+        cls._take_over(cache, counts)
+
+    @staticmethod
+    def _take_over(cache: Cache, counts: NDArray[np.int64]) -> None:
+        # A frozen ONNX gate leaves its zeros: it gathers no evidence.
+        np.copyto(cache.states, cache.states_out)
+        cache.lengths += counts

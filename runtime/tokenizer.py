@@ -1,0 +1,193 @@
+"""Text to token ids and back, also one token at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from .errors import BundleError, InputError
+from .manifest import parse_object
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The tokenizer of a bundle or checkpoint; use `Tokenizer.load`.
+
+    Attributes:
+        bos_token_id: Start of text, or None.
+        eos_token_ids: Tokens that end a text; may be empty.
+        pad_token_id: Padding, or None.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, int] | None = None) -> None:
+        # A tokenizer.json may carry the limits of its training; here they would cut prompts unseen.
+        backend.no_truncation()
+        backend.no_padding()
+        special = special or {}
+        self._backend = backend
+        self._special_ids = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+        self._byte_ids = _byte_fallback_ids(backend)
+        self.bos_token_id = special.get("bos_token")
+        self.eos_token_ids = (special["eos_token"],) if "eos_token" in special else ()
+        self.pad_token_id = special.get("pad_token")
+
+    @staticmethod
+    def load(directory: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` and, where it is there, `tokenizer_config.json`.
+
+        Raises:
+            BundleError: If a file is missing or malformed.
+        """
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise BundleError(path, "missing", fix="Export the checkpoint again with its tokenizer.")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every cause
+            raise BundleError(path, "not a readable tokenizer", found=error) from error
+        return Tokenizer(backend, _special_tokens(path.with_name("tokenizer_config.json"), backend))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens known, the added ones included; a model may have room for more."""
+        return int(self._backend.get_vocab_size())
+
+    def encode(self, text: str | bytes, *, where: object = "prompt") -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds by itself.
+
+        Args:
+            text: Unicode, or UTF-8 bytes.
+            where: What the text is, for the error message.
+
+        Raises:
+            InputError: If the text is empty or not Unicode.
+        """
+        if isinstance(text, bytes):
+            text = decode_utf8(text, where)
+        if not text:
+            raise InputError(where, "empty", expected="at least one character")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                where,
+                "not valid Unicode",
+                expected="text without lone surrogates",
+                found=f"U+{ord(text[error.start]):04X} at character {error.start}",
+                fix="Give the text as UTF-8.",
+            ) from error
+        ids: list[int] = self._backend.encode(text).ids
+        if not ids:
+            raise InputError(where, "gives no tokens", found=repr(text[:40]))
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; incomplete characters become U+FFFD."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text for tables, special tokens by their name."""
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def stream(self) -> TextStream:
+        """A decoder for tokens that arrive one at a time."""
+        return TextStream(self._backend, self._special_ids, self._byte_ids)
+
+
+class TextStream:
+    """Decodes tokens as they arrive and gives out whole characters only.
+
+    The pieces of `push` and `finish`, joined, are `Tokenizer.decode` of all tokens. `push` holds back
+    bytes that may yet become a character; `finish` gives out what is left.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special_ids: frozenset[int], byte_ids: frozenset[int]
+    ) -> None:
+        self._backend = backend
+        self._special_ids = special_ids
+        self._byte_ids = byte_ids
+        # Decoded together with what follows, because some decoders treat the first token in
+        # another way (they drop its leading space).
+        self._context: list[int] = []
+        self._context_length = 0
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, maybe empty."""
+        if token_id in self._special_ids:
+            return ""
+        self._pending.append(token_id)
+        if token_id in self._byte_ids:  # such a decoder judges a run of bytes as a whole
+            return ""
+        piece = self._piece()
+        if not piece or piece.endswith(BROKEN):
+            return ""
+        self._context = self._pending
+        self._context_length = len(self._backend.decode(self._context))
+        self._pending = []
+        return piece
+
+    def finish(self) -> str:
+        """What is held back; characters that stay incomplete become U+FFFD."""
+        piece = self._piece() if self._pending else ""
+        self._context, self._context_length, self._pending = [], 0, []
+        return piece
+
+    def _piece(self) -> str:
+        text: str = self._backend.decode(self._context + self._pending)
+        return text[self._context_length :]
+
+
+def decode_utf8(content: bytes, where: object) -> str:
+    """Bytes as text, a byte order mark dropped, or `InputError` naming the line and byte."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{where}, line {line}",
+            "not UTF-8",
+            found=f"byte 0x{content[error.start]:02X} at offset {error.start}",
+            fix="Convert the text to UTF-8.",
+        ) from error
+
+
+def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    kinds = [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
+    if "ByteFallback" not in kinds:
+        return frozenset()
+    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _special_tokens(path: Path, backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """Ids of the special tokens that `tokenizer_config.json` names."""
+    if not path.is_file():
+        return {}
+    try:
+        config = parse_object(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(path, "not a JSON object", found=error) from error
+    special = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is None:
+            continue
+        token_id = backend.token_to_id(content) if isinstance(content, str) else None
+        if token_id is None:
+            raise BundleError(path, f"{name} is not a token of tokenizer.json", found=content)
+        special[name] = token_id
+    return special

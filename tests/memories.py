@@ -1,0 +1,65 @@
+"""Random gate memories for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from knnmoe.runtime.blend import GateMemory
+from knnmoe.runtime.calibration import Calibration, Similarity
+from knnmoe.runtime.memory import prepare_keys
+
+
+def random_memory(
+    seed: int,
+    *,
+    entries: int = 50,
+    hidden_size: int = 16,
+    num_experts: int = 6,
+    k: int = 4,
+    n_valid: int | None = None,
+    similarity: Similarity = "cosine",
+    duplicates: bool = False,
+    rule_first: bool = False,
+    calibration: Calibration | None = None,
+) -> GateMemory:
+    """A memory of random entries; with `duplicates`, every key is there about three times."""
+    rng = np.random.default_rng(seed)
+    raw = rng.normal(size=(entries, hidden_size)).astype(np.float32)
+    if duplicates:
+        raw = raw[rng.integers(0, max(1, entries // 3), entries)]
+    center = raw.mean(axis=0).astype(np.float32)
+    keys, scales = prepare_keys(raw, center, similarity)
+    values = rng.normal(size=(entries, num_experts)).astype(np.float32)
+    return GateMemory(
+        keys=keys,
+        key_scales=scales,
+        values=np.abs(values) if rule_first else values,
+        n_valid=entries if n_valid is None else n_valid,
+        k=k,
+        center=center,
+        calibration=calibration or Calibration(),
+        similarity=similarity,
+        rule_first=rule_first,
+    )
+
+
+def random_calibration(seed: int, **fixed: Any) -> Calibration:
+    """Numbers within what a calibration may say, no two draws alike."""
+    rng = np.random.default_rng(seed)
+    numbers = Calibration(
+        interpolate=float(rng.integers(0, 2)),
+        weight_power=float(rng.choice([0.0, 1.0, 2.0])),
+        inverse_temperature=float(rng.choice([0.0, 5.0, 20.0])),
+        mean=float(rng.integers(0, 2)),
+        scale=float(rng.uniform(0.2, 1.0)),
+        power=float(rng.choice([1.0, 2.0, 3.0])),
+        midpoint=float(rng.uniform(0.0, 1.0)),
+        sharpness=float(rng.choice([0.0, 3.0, 10.0])),
+        cap=float(rng.choice([1.0, 12.0])),
+        sequence=float(rng.integers(0, 2)),
+        gamma=float(rng.uniform(0.01, 0.2)),
+    )
+    return replace(numbers, **fixed)

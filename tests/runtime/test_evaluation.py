@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from knnmoe.runtime.errors import InputError, SettingError
+from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
+from knnmoe.runtime.texts import read_documents
+from numpy.typing import NDArray
+
+
+class Letters:
+    """One token a character."""
+
+    def encode(self, text: str | bytes, *, where: object = "") -> list[int]:
+        return [ord(character) - ord("a") for character in str(text)]
+
+
+class Table:
+    """A model whose logits depend on the last token only."""
+
+    def __init__(self, table: NDArray[np.float32]) -> None:
+        self.table = table
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        return self.table[np.asarray(token_ids)]
+
+
+def cut(documents: list[str], context: int = 4, **more: Any) -> list[str]:
+    sequences = cut_sequences(Letters(), documents, context=context, max_positions=8, **more)
+    return ["".join(chr(token + ord("a")) for token in sequence) for sequence in sequences]
+
+
+def test_sequences_are_cut_within_documents_and_single_tokens_dropped() -> None:
+    assert cut(["abcdefghi", "xy", "z"]) == ["abcd", "efgh", "xy"]
+
+
+def test_a_limit_draws_whole_sequences_in_order_and_always_the_same() -> None:
+    documents = [chr(ord("a") + n) * 4 for n in range(20)]
+    drawn = cut(documents, max_tokens=16)
+    assert len(drawn) == 5  # 3 predicted tokens each
+    assert drawn == sorted(drawn) == cut(documents, max_tokens=16)
+    assert drawn != documents[:5]
+    assert cut(documents, max_tokens=1000) == documents
+
+
+def test_a_limit_below_one_sequence_cuts_it() -> None:
+    assert [len(text) for text in cut(["abcd", "efgh"], max_tokens=2)] == [3]
+
+
+@pytest.mark.parametrize("context", [1, 9])
+def test_a_context_out_of_range_is_refused(context: int) -> None:
+    with pytest.raises(SettingError, match="context: out of range; expected 2 to 8 tokens"):
+        cut(["abc"], context)
+
+
+def test_limits_and_texts_too_small_are_refused() -> None:
+    with pytest.raises(SettingError, match="max tokens"):
+        cut(["abc"], max_tokens=0)
+    with pytest.raises(InputError, match="too short to score"):
+        cut(["a", "b"])
+
+
+def test_scores_are_those_of_a_hand_computation() -> None:
+    # after token 0: probabilities ½ ¼ ¼, after 1: ⅛ ⅛ ¾, after 2: uniform
+    odds = np.array([[2, 1, 1], [1, 1, 6], [1, 1, 1]], np.float32)
+    model = Table(np.log(odds) + 100)
+    scored: list[int] = []
+    scores = score_sequences(model, [[0, 1, 2, 0], [0, 0]], scored.append)
+    np.testing.assert_allclose(
+        scores.nll, [-np.log(1 / 4 * 3 / 4 * 1 / 3), -np.log(1 / 2)], atol=1e-5
+    )
+    assert scores.correct.tolist() == [2, 1]
+    assert scores.tokens.tolist() == scored == [3, 1]
+    assert scores.mean_nll == pytest.approx(-np.log(1 / 32) / 4, abs=1e-5)
+    assert scores.accuracy == 3 / 4
+
+
+def test_long_sequences_are_scored_in_blocks_without_a_seam() -> None:
+    random = np.random.default_rng(0)
+    table = random.normal(0, 2, (9, 9)).astype(np.float32)
+    ids = random.integers(9, size=200).tolist()
+    (nll,) = score_sequences(Table(table), [ids]).nll
+    wide = table.astype(np.float64)
+    normalized = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    assert nll == pytest.approx(-sum(normalized[a, b] for a, b in zip(ids, ids[1:])), abs=1e-4)
+
+
+def scores_of(nll: list[float], tokens: list[int]) -> Scores:
+    return Scores(np.array(nll), np.zeros(len(nll), np.int64), np.array(tokens))
+
+
+def test_the_difference_is_a_tokens_mean_with_an_interval_around_it() -> None:
+    frozen = scores_of([20.0, 40.0, 12.0], [10, 20, 5])
+    memory = scores_of([19.0, 36.0, 12.5], [10, 20, 5])
+    figures = Evaluation(frozen, memory).to_json()
+    assert figures["tokens"] == 35
+    assert figures["sequences"] == 3
+    assert figures["nll_frozen"] == pytest.approx(72 / 35)
+    assert figures["nll_memory"] == pytest.approx(67.5 / 35)
+    assert figures["perplexity_frozen"] == pytest.approx(np.exp(72 / 35))
+    assert figures["delta"] == pytest.approx(-4.5 / 35)
+    assert figures["delta_low"] < figures["delta"] < figures["delta_high"]
+    assert figures["delta_low"] >= -4 / 20
+    assert figures["delta_high"] <= 0.5 / 5
+
+
+def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    random = np.random.default_rng(1)
+    held = 0
+    for _ in range(100):
+        tokens = random.integers(20, 200, size=60)
+        change = tokens * random.normal(-0.05, 0.2, size=60)
+        _, low, high = Evaluation(
+            scores_of([0.0] * 60, tokens.tolist()), scores_of(change.tolist(), tokens.tolist())
+        ).delta(samples=400)
+        held += low < -0.05 < high
+    assert 85 <= held <= 100
+
+
+def test_one_sequence_has_no_interval() -> None:
+    figures = Evaluation(scores_of([2.0], [2]), scores_of([1.0], [2])).to_json()
+    assert figures["delta"] == -0.5
+    assert figures["delta_low"] is None
+    assert figures["delta_high"] is None
+
+
+def test_without_a_memory_only_the_frozen_figures_are_given() -> None:
+    figures = Evaluation(scores_of([2e6], [2])).to_json()
+    assert set(figures) == {
+        "sequences", "tokens", "nll_frozen", "perplexity_frozen", "accuracy_frozen",
+    }  # fmt: skip
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "notes.TXT"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\xc3\xa9\n")
+    assert read_documents(path) == ["one\r\n\xe9\n"]
+
+
+def test_a_json_lines_file_is_one_document_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    lines = ['{"text": "one\u2028two", "id": 1}', "", '{"text": " "}', '{"text": "three"}']
+    path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert read_documents(path) == ["one\u2028two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"x", "unknown kind of text file; expected .txt or .jsonl; found .csv"),
+        ("a", b"x", "unknown kind of text file"),
+        ("a.txt", b" \n", "has no text"),
+        ("a.txt", b"x\ny\xff", r"a\.txt, line 2: not UTF-8; found byte 0xFF at offset 3"),
+        ("a.jsonl", b"\n\n", "has no text"),
+        ("a.jsonl", b'{"text": "x"}\n{', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}', r"a\.jsonl, line 2: malformed"),
+        ("a.jsonl", b'{"text": 3}', r"a\.jsonl, line 1: malformed"),
+        ("a.jsonl", b'"x"', r"a\.jsonl, line 1: malformed"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl, line 1: not valid Unicode.*U\+D800"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_an_unusable_file_is_refused_by_name_and_line(
+    tmp_path: Path, name: str, content: bytes, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=problem):
+        read_documents(tmp_path / name)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.txt: cannot be read; found No such file"):
+        read_documents(tmp_path / "none.txt")
