@@ -181,12 +181,20 @@ def check_prompt(
     if ids.size == 0:
         raise InputError("prompt", "empty", expected="at least one token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InputError("prompt", "not a sequence of token ids", expected="whole numbers",
-                         found=f"{list(ids.shape)} {ids.dtype}")
+        raise InputError(
+            "prompt",
+            "not a sequence of token ids",
+            expected="whole numbers",
+            found=f"{list(ids.shape)} {ids.dtype}",
+        )
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise InputError("prompt", "token id outside the vocabulary",
-                         expected=f"0 to {vocab_size - 1}", found=int(wrong))
+        raise InputError(
+            "prompt",
+            "token id outside the vocabulary",
+            expected=f"0 to {vocab_size - 1}",
+            found=int(wrong),
+        )
     if len(ids) >= max_positions:
         raise InputError(
             "prompt",

@@ -30,7 +30,7 @@ class GenerationConfig:
         do_sample: Draw from the distribution; otherwise the most likely token (greedy).
         temperature: Divides the logits, above 0.
         top_k: Keep the k most likely tokens; 0 keeps all.
-        top_p: Keep the most likely tokens that together reach this probability, 0 to 1; 1 keeps all.
+        top_p: Keep the most likely tokens that together reach this probability, 0 to 1 (all).
         min_p: Keep tokens at least this likely relative to the most likely one, 0 to 1.
         repetition_penalty: Divides positive and multiplies negative logits of tokens already in the
             prompt or the text, above 0; 1 is none. Applies to greedy decoding too.
@@ -60,14 +60,16 @@ class GenerationConfig:
         for name, (kind, low, high, open_low) in _NUMBERS.items():
             _check_number(name, getattr(self, name), kind, low, high, open_low)
         if not isinstance(self.do_sample, bool):
-            raise SettingError("do_sample", "not a flag", expected="true or false",
-                               found=self.do_sample)
+            raise SettingError(
+                "do_sample", "not a flag", expected="true or false", found=self.do_sample
+            )
         for token_id in self.eos_token_ids:
             _check_number("eos_token_ids", token_id, int, 0, _MAX_INT, False)
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise SettingError("stop", "not a stop string", expected="text that is not empty",
-                                   found=repr(text))
+                raise SettingError(
+                    "stop", "not a stop string", expected="text that is not empty", found=repr(text)
+                )
         if self.seed is not None:
             _check_number("seed", self.seed, int, 0, _MAX_INT, False)
 
@@ -109,8 +111,12 @@ class GenerationConfig:
             return GenerationConfig(**options)
         except SettingError as error:
             keys = {name: key for key, name in _JSON_KEYS.items()}
-            raise SettingError(f"{file}: {keys[error.where]}", error.problem,
-                               expected=error.expected, found=error.found) from error
+            raise SettingError(
+                f"{file}: {keys[error.where]}",
+                error.problem,
+                expected=error.expected,
+                found=error.found,
+            ) from error
 
 
 _MAX_INT = (1 << 63) - 1
@@ -190,8 +196,13 @@ class Sampler:
         """
         highest = float(logits.max())
         if not math.isfinite(highest):
-            raise BackendError("logits", "not finite", expected="numbers", found=highest,
-                               fix="Check the bundle with `knnmoe-export --verify`.")
+            raise BackendError(
+                "logits",
+                "not finite",
+                expected="numbers",
+                found=highest,
+                fix="Check the bundle with `knnmoe-export --verify`.",
+            )
         np.exp(np.subtract(logits, highest, out=self._odds), out=self._odds)
         normalizer = highest + math.log(float(self._odds.sum(dtype=np.float64)))
         scores = logits

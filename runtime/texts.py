@@ -18,13 +18,17 @@ def read_documents(path: str | Path) -> list[str]:
     other keys are ignored.
 
     Raises:
-        InputError: If the file cannot be read, is not UTF-8, has a malformed line (named) or no text.
+        InputError: If the file cannot be read, is not UTF-8, has a malformed line or no text.
     """
     file = Path(path)
     kind = file.suffix.lower()
     if kind not in SUFFIXES:
-        raise InputError(file, "unknown kind of text file", expected=" or ".join(SUFFIXES),
-                         found=file.suffix or "no suffix")
+        raise InputError(
+            file,
+            "unknown kind of text file",
+            expected=" or ".join(SUFFIXES),
+            found=file.suffix or "no suffix",
+        )
     try:
         text = decode_utf8(file.read_bytes(), file)
     except OSError as error:
@@ -49,11 +53,16 @@ def _document(where: str, line: str) -> str:
         raise InputError(where, "not valid JSON", found=error) from error
     document = record.get("text") if isinstance(record, dict) else None
     if not isinstance(document, str):
-        raise InputError(where, "malformed", expected='an object with a string "text"',
-                         found=line[:60])
+        raise InputError(
+            where, "malformed", expected='an object with a string "text"', found=line[:60]
+        )
     try:
         document.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(where, "not valid Unicode", expected="text without lone surrogates",
-                         found=f"U+{ord(document[error.start]):04X}") from error
+        raise InputError(
+            where,
+            "not valid Unicode",
+            expected="text without lone surrogates",
+            found=f"U+{ord(document[error.start]):04X}",
+        ) from error
     return document

@@ -23,7 +23,9 @@ class Tokenizer:
         pad_token_id: Padding, or None.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special: dict[str, int] | None = None
+    ) -> None:
         # A tokenizer.json may carry the limits of its training; here they would cut prompts unseen.
         backend.no_truncation()
         backend.no_padding()
@@ -48,7 +50,9 @@ class Tokenizer:
         """
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
-            raise BundleError(path, "missing", fix="Export the checkpoint again with its tokenizer.")
+            raise BundleError(
+                path, "missing", fix="Export the checkpoint again with its tokenizer."
+            )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every cause
@@ -107,8 +111,8 @@ class Tokenizer:
 class TextStream:
     """Decodes tokens as they arrive and gives out whole characters only.
 
-    The pieces of `push` and `finish`, joined, are `Tokenizer.decode` of all tokens. `push` holds back
-    bytes that may yet become a character; `finish` gives out what is left.
+    The pieces of `push` and `finish`, joined, are `Tokenizer.decode` of all tokens. `push` holds
+    back bytes that may yet become a character; `finish` gives out what is left.
     """
 
     def __init__(

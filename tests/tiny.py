@@ -92,7 +92,8 @@ def _tensors(
     c: dict[str, Any], rng: np.random.Generator, dtype: str
 ) -> dict[str, NDArray[np.generic]]:
     hidden, ffn, experts = c["hidden_size"], c["intermediate_size"], c["num_experts"]
-    kv_width = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+    heads = c["num_attention_heads"]
+    kv_width = hidden // heads * (c["num_key_value_heads"] or heads)
     tensors: dict[str, NDArray[np.generic]] = {}
 
     def linear(name: str, out: int, inside: int, gain: float = 1.0) -> None:

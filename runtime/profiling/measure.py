@@ -1,7 +1,7 @@
 """Timing steps of a model with its memory against the frozen model, turn by turn.
 
-Both run the same tokens in the same process, one step each in turn, so that whatever else the machine
-does hits both alike.
+Both run the same tokens in the same process, one step each in turn, so that whatever else the
+machine does hits both alike.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ..errors import SettingError
 
 DEFAULT_CONTEXT = 128
 DEFAULT_PROMPTS = (32, 128)
+FUSED = "fused"  # the one part of a step in the fused layout
+DISTURBED = 1.5
 
 Milliseconds = list[float]
 Tick = Callable[[], None]
@@ -41,7 +43,7 @@ class TimedSteps(Protocol):
         """Advance the cache by ids [B, S]."""
 
     def timed_step(self, cache: Any, input_ids: NDArray[np.int64]) -> dict[str, float]:
-        """The same; returns the milliseconds of each part by name, in order."""
+        """The same, returning the milliseconds of each part by name, in order."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ProfileSettings:
     Attributes:
         context: Tokens already in the cache at each decode step.
         prompts: Prompt lengths to measure prefill at.
-        steps: Decode steps measured, for each way of timing.
+        steps: Decode steps measured.
         prefills: Prefills measured at each prompt length.
         warmup: Steps before the first that counts, at each shape.
         seed: Of the random tokens that are run.
@@ -59,7 +61,7 @@ class ProfileSettings:
 
     context: int
     prompts: tuple[int, ...]
-    steps: int = 50
+    steps: int = 100
     prefills: int = 10
     warmup: int = 5
     seed: int = 0
@@ -107,18 +109,21 @@ class Samples:
     """Milliseconds of one kind of step of one model, one entry a step.
 
     Attributes:
-        whole: The step as a caller sees it.
-        parts: By name, in the order they run; taken in steps of their own, because looking at the
-            clock inside a step costs a little.
+        whole: The step as a caller sees it, with what the pipeline does around its parts.
+        parts: Of the same steps, by name, in the order they run.
     """
 
     whole: Milliseconds = field(default_factory=list)
     parts: dict[str, Milliseconds] = field(default_factory=dict)
 
-    def gates(self) -> NDArray[np.float64] | None:
-        """Milliseconds that all gates of a step took together, or None where they are fused."""
-        times = [times for name, times in self.parts.items() if name.startswith("gate ")]
-        return np.sum(times, axis=0) if times else None
+    def typical(self, prefix: str = "") -> float:
+        """Sum of the medians of the parts whose names begin so.
+
+        Unlike the median of whole steps it hardly moves when a busy machine makes every step wait
+        once, but each time in another part.
+        """
+        times = [times for name, times in self.parts.items() if name.startswith(prefix)]
+        return sum(float(np.median(each)) for each in times)
 
 
 @dataclass(frozen=True)
@@ -134,17 +139,20 @@ class Measured:
     def gate_share(self) -> float:
         """Share of a step that retrieval takes: what the gates take beyond routing alone.
 
-        (gates with the memory - gates frozen) / whole step with the memory, all medians. In the
-        fused layout, where gates cannot be seen, whole steps take their place in the numerator.
-        0 without a memory.
+        (gates with the memory - gates frozen) / all parts with the memory, sums of medians. In the
+        fused layout, where gates cannot be seen and the frozen model is the same graph over an
+        empty memory, the numerator is that of all parts. 0 without a memory.
         """
         if self.frozen is None:
             return 0.0
-        with_memory, alone = self.loaded.gates(), self.frozen.gates()
-        if with_memory is None or alone is None:
-            with_memory, alone = np.asarray(self.loaded.whole), np.asarray(self.frozen.whole)
-        whole = float(np.median(self.loaded.whole))
-        return (float(np.median(with_memory)) - float(np.median(alone))) / whole
+        kind = "" if FUSED in self.loaded.parts else "gate "
+        added = self.loaded.typical(kind) - self.frozen.typical(kind)
+        return added / self.loaded.typical()
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether whole steps took much longer than their parts typically do: a busy machine."""
+        return float(np.median(self.loaded.whole)) > DISTURBED * self.loaded.typical()
 
 
 @dataclass(frozen=True)
@@ -200,27 +208,18 @@ def _measure(
         ids = random.integers(vocab_size, size=(1, tokens))
         for name in order:
             kept = samples[name] if index >= settings.warmup else Samples()
-            _time_whole(pipelines[name], caches[name], past, ids, kept)
-        for name in order:
-            kept = samples[name] if index >= settings.warmup else Samples()
-            _time_parts(pipelines[name], caches[name], past, ids, kept)
+            _time_step(pipelines[name], caches[name], past, ids, kept)
         order.reverse()  # neither always follows the other
         tick()
     return Measured(tokens, past, samples["loaded"], samples.get("frozen"))
 
 
-def _time_whole(
+def _time_step(
     pipeline: TimedSteps, cache: Any, past: int, ids: NDArray[np.int64], samples: Samples
 ) -> None:
     cache.lengths[:] = past
     start = perf_counter_ns()
-    pipeline.step(cache, ids)
+    parts = pipeline.timed_step(cache, ids)
     samples.whole.append((perf_counter_ns() - start) / 1e6)
-
-
-def _time_parts(
-    pipeline: TimedSteps, cache: Any, past: int, ids: NDArray[np.int64], samples: Samples
-) -> None:
-    cache.lengths[:] = past
-    for name, milliseconds in pipeline.timed_step(cache, ids).items():
+    for name, milliseconds in parts.items():
         samples.parts.setdefault(name, []).append(milliseconds)

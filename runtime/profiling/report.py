@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = "knnmoe.profile/1"
+DISTURBED_NOTE = (
+    "Whole steps took much longer than their parts typically do: other programs had the cores. "
+    "Measure again on a quiet machine."
+)
 
 
 def percentiles(milliseconds: ArrayLike) -> dict[str, float]:
@@ -34,14 +38,15 @@ def to_json(profile: Profile) -> dict[str, Any]:
         "schema": SCHEMA,
         "context": decode.past,
         **_step_json("decode", decode.loaded),
-        "tokens_per_s": 1e3 / float(np.mean(decode.loaded.whole)),
+        "tokens_per_s": _rate(decode),
         "gate_share": decode.gate_share,
+        "disturbed": decode.disturbed,
         "frozen": _frozen_json("decode", decode),
         "prefill": [
             {
                 "prompt": measured.tokens,
                 **_step_json("first_token", measured.loaded),
-                "tokens_per_s": 1e3 * measured.tokens / float(np.mean(measured.loaded.whole)),
+                "tokens_per_s": _rate(measured),
                 "gate_share": measured.gate_share,
                 "frozen": _frozen_json("first_token", measured),
             }
@@ -51,6 +56,11 @@ def to_json(profile: Profile) -> dict[str, Any]:
         "prefills": profile.settings.prefills,
         "warmup": profile.settings.warmup,
     }
+
+
+def _rate(measured: Measured) -> float:
+    """Tokens a second at the median step."""
+    return 1e3 * measured.tokens / float(np.median(measured.loaded.whole))
 
 
 def _frozen_json(name: str, measured: Measured) -> dict[str, Any] | None:
@@ -71,25 +81,33 @@ def print_profile(profile: Profile, console: Console) -> None:
     """Print the parts of a decode step, then one line a measured shape."""
     console.print(_parts_table(profile.decode))
     console.print(_summary_table(profile))
+    if any(measured.disturbed for measured in (profile.decode, *profile.prefill)):
+        console.print(DISTURBED_NOTE, style="yellow")
 
 
 def _parts_table(decode: Measured) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Where a decode step goes, ms (context {decode.past})", title_justify="left")
+    table = Table(
+        title=f"Where a decode step goes, ms (context {decode.past})", title_justify="left"
+    )
     table.add_column("part")
     for name in ("p50", "p90", "p99"):
         table.add_column(name, justify="right")
     if decode.frozen is not None:
         table.add_column("frozen p50", justify="right")
     table.add_column("share", justify="right")
-    total = sum(float(np.median(times)) for times in decode.loaded.parts.values())
+    total = decode.loaded.typical()
     for name, times in decode.loaded.parts.items():
         cells = [f"{value:.3f}" for value in percentiles(times).values()]
         if decode.frozen is not None:
             cells.append(f"{np.median(decode.frozen.parts[name]):.3f}")
-        table.add_row(name, *cells, f"{np.median(times) / total:.1%}",
-                      style="cyan" if name.startswith("gate") else None)
+        table.add_row(
+            name,
+            *cells,
+            f"{np.median(times) / total:.1%}",
+            style="cyan" if name.startswith("gate") else None,
+        )
     return table
 
 
@@ -109,7 +127,7 @@ def _summary_table(profile: Profile) -> Table:
 def _summary(measured: Measured) -> Iterator[str]:
     for value in percentiles(measured.loaded.whole).values():
         yield f"{value:.2f}"
-    yield f"{1e3 * measured.tokens / np.mean(measured.loaded.whole):.1f}"
+    yield f"{_rate(measured):,.1f}"
     if measured.frozen is None:
         yield from ("–", "–")
         return

@@ -98,7 +98,22 @@ def test_neighbours_are_the_most_similar_and_ties_go_to_the_lower_index() -> Non
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OrtEngine]:
     """Gate graphs by name, and the bare blend node as `blend-cosine` and `blend-rbf`."""
-    gate_graphs = pytest.importorskip("knnmoe.export.gate_graphs", exc_type=ImportError)
+    loaded: dict[str, OrtEngine] = {}
+    directory: Path = tmp_path_factory.mktemp("gates")
+
+    def engine_of(name: str) -> OrtEngine:
+        onnx_ir = pytest.importorskip("onnx_ir")
+        if name not in loaded:
+            path = directory / f"{name}.onnx"
+            onnx_ir.save(graph_model(name), path)
+            loaded[name] = OrtEngine(path, threads=1)
+        return loaded[name]
+
+    return engine_of
+
+
+def graph_model(name: str) -> Any:
+    """The gate graph of that name, or for `blend-…` the blend node alone."""
     from knnmoe.export.blend_function import (
         LENGTHS,
         RESULTS,
@@ -107,41 +122,22 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], OrtEngi
         blend_node,
         memory_specs,
     )
+    from knnmoe.export.gate_graphs import GateShape, gate_functions, gate_graph
     from knnmoe.export.graph import GraphBuilder
 
-    shape = gate_graphs.GateShape(HIDDEN, EXPERTS, TOP_K, RULE)
-    loaded: dict[str, OrtEngine] = {}
-    directory: Path = tmp_path_factory.mktemp("gates")
-
-    def blend_graph(similarity: Any) -> Any:
-        g = GraphBuilder("blend")
-        x = g.input("x", "float32", ("tokens", HIDDEN))
-        r = g.input("r", "float32", ("tokens", EXPERTS))
-        memory = [g.declare(spec) for spec in (*memory_specs(HIDDEN, EXPERTS), LENGTHS)]
-        rows, results = blend_node(g, x, r, memory, similarity)
-        g.output(rows, TensorSpec("rows", "float32", ("tokens", EXPERTS)))
-        for value, spec in zip(results, RESULTS, strict=True):
-            g.output(value, spec)
-        return g.model([blend_function(similarity)])
-
-    def engine_of(name: str) -> OrtEngine:
-        if name not in loaded:
-            path = directory / f"{name}.onnx"
-            if name.startswith("blend-"):
-                model = blend_graph(name.removeprefix("blend-"))
-            else:
-                model = gate_graphs.gate_graph(name, shape).model(gate_graphs.gate_functions(name))
-            save_model(model, path)
-            loaded[name] = OrtEngine(path, threads=1)
-        return loaded[name]
-
-    return engine_of
-
-
-def save_model(model: Any, path: Path) -> None:
-    import onnx_ir
-
-    onnx_ir.save(model, path)
+    if not name.startswith("blend-"):
+        shape = GateShape(HIDDEN, EXPERTS, TOP_K, RULE)
+        return gate_graph(name, shape).model(gate_functions(name))
+    similarity: Any = name.removeprefix("blend-")
+    g = GraphBuilder("blend")
+    x = g.input("x", "float32", ("tokens", HIDDEN))
+    r = g.input("r", "float32", ("tokens", EXPERTS))
+    memory = [g.declare(spec) for spec in (*memory_specs(HIDDEN, EXPERTS), LENGTHS)]
+    rows, results = blend_node(g, x, r, memory, similarity)
+    g.output(rows, TensorSpec("rows", "float32", ("tokens", EXPERTS)))
+    for value, spec in zip(results, RESULTS, strict=True):
+        g.output(value, spec)
+    return g.model([blend_function(similarity)])
 
 
 def blend(
@@ -433,3 +429,21 @@ def test_an_inverted_file_finds_nearly_what_the_full_scan_finds() -> None:
     assert (similarities <= exact_similarities + 1e-6).all()
     recall = np.mean([len(set(a) & set(b)) / 8 for a, b in zip(ids, exact_ids, strict=True)])
     assert recall > 0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_faiss_breaks_ties_that_reach_beyond_its_candidates(tokens: int) -> None:
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(13)
+    units = np.eye(8, dtype=np.float32)
+    for _ in range(60):
+        entries = int(rng.integers(60, 3000))
+        memory = random_memory(13, entries=entries, hidden_size=8, k=int(rng.integers(1, 65)))
+        # Few distinct keys: hundreds of entries are equally near.
+        keys = units[rng.integers(0, rng.integers(2, 9), entries)]
+        memory = replace(memory, keys=keys, center=np.zeros(8, np.float32))
+        x = units[rng.integers(0, 8, tokens)] + np.float32(0.5)
+        gate = FaissGate(RULE, TOP_K, memory, index=build_index(memory))
+        ids, _, _ = gate.find(memory, x)
+        exact, _, _ = search(x, memory, np.float32)
+        np.testing.assert_array_equal(ids, exact)

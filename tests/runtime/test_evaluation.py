@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from knnmoe.runtime.errors import InputError, SettingError
 from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
 from knnmoe.runtime.texts import read_documents
-from numpy.typing import NDArray
 
 
 class Letters:
@@ -87,7 +89,7 @@ def test_long_sequences_are_scored_in_blocks_without_a_seam() -> None:
     (nll,) = score_sequences(Table(table), [ids]).nll
     wide = table.astype(np.float64)
     normalized = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
-    assert nll == pytest.approx(-sum(normalized[a, b] for a, b in zip(ids, ids[1:])), abs=1e-4)
+    assert nll == pytest.approx(-sum(normalized[a, b] for a, b in pairwise(ids)), abs=1e-4)
 
 
 def scores_of(nll: list[float], tokens: list[int]) -> Scores:

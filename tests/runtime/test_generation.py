@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from fake_pipeline import FakePipeline
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fake_pipeline import FakePipeline
 from knnmoe.runtime.errors import InputError
 from knnmoe.runtime.generation import Completion, Event, StopStrings, check_prompt, collect, stream
 from knnmoe.runtime.sampling import GenerationConfig

@@ -203,3 +203,16 @@ def test_the_fused_graph_refuses_a_memory_of_another_kind(
 ) -> None:
     with pytest.raises(BackendError, match="split"):
         Model.load(tiny_bundle, memory=tiny_pack, variant="assignment", layout="fused")
+
+
+def test_a_swap_forgets_the_evidence_about_the_old_memory(
+    tiny_bundle: Path, tiny_pack: Path
+) -> None:
+    model = Model.load(tiny_bundle, memory=tiny_pack, threads=1)
+    cache = model.pipeline.new_cache(capacity=60)
+    model.pipeline.step(cache, IDS[None, :10])
+    assert cache.states[:, 0, 1].tolist() == [10, 10, 10]
+    model.swap_memory(tiny_pack)
+    model.pipeline.step(cache, IDS[None, 10:11])
+    assert cache.states[:, 0, 1].tolist() == [1, 1, 1]
+    assert cache.lengths.tolist() == [11]

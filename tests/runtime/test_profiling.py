@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
 from fake_pipeline import FakeCache
 from knnmoe.runtime.errors import SettingError
 from knnmoe.runtime.profiling.environment import environment
@@ -19,8 +22,6 @@ from knnmoe.runtime.profiling.measure import (
     measure,
 )
 from knnmoe.runtime.profiling.report import percentiles, print_profile, to_json
-from numpy.typing import NDArray
-from rich.console import Console
 
 Call = tuple[str, str, int, int]
 
@@ -68,14 +69,13 @@ def run(frozen: bool = True, **settings: Any) -> tuple[Profile, Recorder, Record
 
 def test_every_decode_step_has_the_same_context() -> None:
     _, loaded, _, _ = run(context=12, prompts=(), steps=3, warmup=2)
-    prefill, *steps = loaded.calls
-    assert prefill == ("loaded", "step", 0, 12)
-    assert {(before, tokens) for _, way, before, tokens in steps if tokens == 1} == {(12, 1)}
+    assert loaded.calls[:2] == [("loaded", "step", 0, 12), ("frozen", "step", 0, 12)]
+    assert set(loaded.calls[2:]) == {("loaded", "timed", 12, 1), ("frozen", "timed", 12, 1)}
 
 
 def test_the_two_take_turns_and_neither_always_goes_first() -> None:
     _, loaded, _, _ = run(context=1, prompts=(), steps=4, warmup=0)
-    rounds = [call[0] for call in loaded.calls if call[1] == "timed"]
+    rounds = [name for name, way, _, _ in loaded.calls if way == "timed"]
     assert rounds == ["loaded", "frozen", "frozen", "loaded"] * 2
 
 
@@ -104,19 +104,21 @@ def samples(whole: list[float], **parts: list[float]) -> Samples:
 
 
 def test_the_gates_share_is_what_they_take_beyond_routing_alone() -> None:
-    loaded = samples([10, 10], segment_0=[4, 4], gate_0=[1.5, 1.5], gate_1=[2, 2])
+    loaded = samples([10, 10], segment_0=[4, 4], gate_0=[1.5, 1.5], gate_1=[2.5, 2.5])
     frozen = samples([8, 8], segment_0=[4, 4], gate_0=[0.5, 0.5], gate_1=[0.5, 0.5])
-    assert Measured(1, 5, loaded, frozen).gate_share == pytest.approx((3.5 - 1.0) / 10)
+    assert Measured(1, 5, loaded, frozen).gate_share == pytest.approx((4.0 - 1.0) / 8)
 
 
-def test_gates_are_added_up_step_by_step_before_the_median() -> None:
-    loaded = samples([10, 10, 10], gate_0=[1, 2, 9], gate_1=[9, 2, 1])
-    frozen = samples([8, 8, 8], gate_0=[0, 0, 0], gate_1=[0, 0, 0])
-    assert Measured(1, 5, loaded, frozen).gate_share == pytest.approx(1.0)
+def test_a_machine_that_stalls_each_step_elsewhere_is_seen_and_leaves_the_share_alone() -> None:
+    loaded = samples([12, 12, 12], segment_0=[10, 1, 1], gate_0=[1, 10, 1], segment_1=[1, 1, 10])
+    frozen = samples([2, 2, 2], segment_0=[1, 1, 1], gate_0=[0, 0, 0], segment_1=[1, 1, 1])
+    assert Measured(1, 5, loaded, frozen).gate_share == pytest.approx(1 / 3)
+    assert Measured(1, 5, loaded, frozen).disturbed
+    assert not Measured(1, 5, frozen, None).disturbed
 
 
 def test_fused_gates_show_in_whole_steps_only() -> None:
-    share = Measured(1, 5, samples([10, 12], fused=[9, 9]), samples([9, 9], fused=[9, 9]))
+    share = Measured(1, 5, samples([12, 12], fused=[11, 11]), samples([9, 9], fused=[9, 9]))
     assert share.gate_share == pytest.approx(2 / 11)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from knnmoe.runtime.errors import BackendError, SettingError
 from knnmoe.runtime.sampling import GenerationConfig, Sampler, distribution, penalize
 
@@ -38,7 +39,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_k": 0, "min_p": 0.05},
     {"top_k": 0, "min_p": 1.0},
     {"top_k": 30, "top_p": 0.8, "min_p": 0.1, "temperature": 1.4},
-    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 1.7, "top_k": 0},
     {"repetition_penalty": 0.6, "top_k": 12, "temperature": 0.8},
 ]
 
@@ -95,7 +96,7 @@ def test_the_log_probability_is_the_models_own_whatever_the_options() -> None:
     config = GenerationConfig(
         do_sample=True, temperature=0.1, top_k=1, repetition_penalty=2.0, seed=1
     )
-    token_id, logprob = Sampler(config, VOCAB, [int(logits.argmax())]).choose(logits)
+    token_id, logprob = Sampler(config, VOCAB, range(VOCAB)).choose(logits)
     shifted = logits.astype(np.float64) - logits.max()
     assert logprob == pytest.approx(shifted[token_id] - np.log(np.exp(shifted).sum()), abs=1e-6)
 
@@ -109,7 +110,9 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_a_seed_fixes_the_draws() -> None:
     def draws(seed: int | None) -> list[int]:
-        sampler = Sampler(GenerationConfig(do_sample=True, top_k=0, temperature=5, seed=seed), VOCAB)
+        sampler = Sampler(
+            GenerationConfig(do_sample=True, top_k=0, temperature=5, seed=seed), VOCAB
+        )
         return [sampler.choose(some_logits(step))[0] for step in range(40)]
 
     assert draws(11) == draws(11)
@@ -170,7 +173,7 @@ def test_an_option_out_of_its_range_is_refused_by_name(name: str, value: Any) ->
 def test_overrides_replace_named_fields_only() -> None:
     config = GenerationConfig(top_k=3).with_overrides(temperature=0.5, top_k=None, stop="x")
     assert config == GenerationConfig(top_k=3, temperature=0.5, stop=("x",))
-    with pytest.raises(SettingError, match="^beams: unknown generation option"):
+    with pytest.raises(SettingError, match=r"^beams: unknown generation option"):
         config.with_overrides(beams=4)
 
 

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+
 from knnmoe.runtime.errors import BundleError, InputError
 from knnmoe.runtime.tokenizer import BROKEN, Tokenizer
 from tiny import write_tiny_tokenizer
@@ -84,7 +85,9 @@ CHARACTERS = [[9 + byte for byte in character.encode()] for character in "aé你
 
 
 @given(
-    chunks=st.lists(st.integers(0, 264).map(lambda token_id: [token_id]) | st.sampled_from(CHARACTERS))
+    chunks=st.lists(
+        st.integers(0, 264).map(lambda token_id: [token_id]) | st.sampled_from(CHARACTERS)
+    )
 )
 def test_streamed_pieces_with_byte_fallback_join_to_the_decoded_whole(
     by_fallback: Tokenizer, chunks: list[list[int]]

@@ -1,18 +1,67 @@
-"""A routing trace as JSON for scripts and as a table for people."""
+"""`knnmoe trace`: what each gate decides for each token of a text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .layouts import GateRecord
-from .model import RoutingTrace
-from .tokenizer import Tokenizer
+import click
+
+from ..cli_support import outcome
+from ..errors import SettingError
+from .common import json_option, load_model, model_options, output, prompt_options, read_prompt
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..layouts import GateRecord
+    from ..model import RoutingTrace
+    from ..tokenizer import Tokenizer
+
 NEIGHBORS_SHOWN = 3
+
+EXAMPLE = """\b
+Example:
+  knnmoe trace bundle --memory pack --prompt "In the beginning" --only 0
+"""
+
+
+@click.command(short_help="Show which experts each token goes to, and why.", epilog=EXAMPLE)
+@model_options
+@prompt_options
+@click.option("--only", type=int, multiple=True, metavar="GATE",
+              help="Show this gate only, counted from 0; repeatable.")  # fmt: skip
+@json_option
+def trace(
+    bundle: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    only: tuple[int, ...],
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Show the routing of a text, token by token and gate by gate.
+
+    The confidence λ says how far the memory corrected the router, then come the experts with their
+    weights and the nearest entries of the memory with their similarities.
+    """
+    text, where = read_prompt(prompt, prompt_file)
+    with outcome(as_json) as result:
+        model = load_model(bundle, **settings)
+        gates = only or tuple(range(model.bundle.manifest.architecture.num_gates))
+        _check_gates(gates, model.bundle.manifest.architecture.num_gates)
+        decided = model.routing_trace(model.tokenizer.encode(text, where=where))
+        result(
+            trace_json(decided, model.tokenizer, gates),
+            lambda: print_trace(decided, model.tokenizer, gates, output()),
+        )
+
+
+def _check_gates(gates: tuple[int, ...], count: int) -> None:
+    for gate in gates:
+        if not 0 <= gate < count:
+            raise SettingError("--only", "no such gate", expected=f"0 to {count - 1}", found=gate)
 
 
 def trace_json(trace: RoutingTrace, tokenizer: Tokenizer, gates: Sequence[int]) -> dict[str, Any]:
@@ -63,13 +112,14 @@ def print_trace(
                 str(gate),
                 Text(f"{confidence:.2f}", style="cyan" if confidence > 0 else "dim"),
                 _pairs(record.expert_ids[row], record.expert_weights[row]),
-                _pairs(record.trace.neighbors[row], record.trace.similarities[row],
-                       NEIGHBORS_SHOWN),
+                _pairs(
+                    record.trace.neighbors[row], record.trace.similarities[row], NEIGHBORS_SHOWN
+                ),
                 end_section=index == len(gates) - 1 and len(gates) > 1,
             )
     console.print(table)
 
 
 def _pairs(names: Any, numbers: Any, count: int | None = None) -> str:
-    pairs = zip(names.tolist()[:count], numbers.tolist()[:count])
+    pairs = zip(names.tolist()[:count], numbers.tolist()[:count], strict=True)
     return "  ".join(f"{name} {number:.2f}" for name, number in pairs)

@@ -1,0 +1,1 @@
+"""The commands of `knnmoe`, one file each; none imports anything heavy before it runs."""

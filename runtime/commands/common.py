@@ -1,0 +1,149 @@
+"""What several commands share: which model to load and how, the prompt, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import InputError, SettingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..model import Model
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Advance = Callable[[int], None]
+
+# Named here again so that `--help` need not import what defines them; a test compares.
+LAYOUTS = ("split", "fused")
+BACKENDS = ("auto", "onnx", "numpy", "numpy-float64", "faiss")
+VARIANTS = ("logits", "assignment", "residual")
+
+PATH = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def model_options(command: Command) -> Command:
+    """BUNDLE, --memory and how to run them; `load_model` takes the values."""
+    options = (
+        click.argument("bundle", type=PATH),
+        click.option(
+            "--memory",
+            type=PATH,
+            metavar="PACK",
+            help="Memory pack; else the frozen router routes.",
+        ),
+        click.option(
+            "--layout",
+            type=click.Choice(LAYOUTS),
+            default="split",
+            show_default=True,
+            help="The gates between engines, or inside one.",
+        ),
+        click.option(
+            "--gate",
+            type=click.Choice(BACKENDS),
+            default="auto",
+            show_default=True,
+            help="Backend of the gates in the split layout.",
+        ),
+        click.option(
+            "--variant",
+            type=click.Choice(VARIANTS),
+            help="What to blend, instead of the pack's own.",
+        ),
+        click.option(
+            "--neighbors", type=int, metavar="K", help="Neighbours, instead of the pack's own."
+        ),
+        click.option(
+            "--scale", type=float, help="Scale of the confidence λ, instead of the pack's own."
+        ),
+        click.option(
+            "--threads", type=int, help="Threads of an operator.  [default: physical cores]"
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def load_model(bundle: Path, **settings: Any) -> Model:
+    """The model that `model_options` describe.
+
+    Raises:
+        KnnMoeError: As `Model.load` does.
+        SettingError: For a setting of the memory where there is none.
+    """
+    for name in ("variant", "neighbors", "scale"):
+        if settings["memory"] is None and settings[name] is not None:
+            raise SettingError(f"--{name}", "needs a memory", fix="Give one with --memory PACK.")
+    from ..model import Model
+
+    return Model.load(bundle, **settings)
+
+
+def prompt_options(command: Command) -> Command:
+    """--prompt and --prompt-file; `read_prompt` takes the values."""
+    text = click.option("--prompt", metavar="TEXT", help="The text to start from.")
+    file = click.option(
+        "--prompt-file", type=PATH, metavar="FILE", help="File with the text; - is standard input."
+    )
+    return text(file(command))
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> tuple[str | bytes, str]:
+    """The prompt and what to call it in errors.
+
+    Raises:
+        click.UsageError: Unless exactly one of the two is given.
+        InputError: If the file cannot be read.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("Give either --prompt or --prompt-file.")
+    if prompt is not None:
+        return prompt, "--prompt"
+    assert prompt_file is not None
+    if str(prompt_file) == "-":
+        return sys.stdin.buffer.read(), "standard input"
+    try:
+        return prompt_file.read_bytes(), str(prompt_file)
+    except OSError as error:
+        raise InputError(prompt_file, "cannot be read", found=error.strerror) from error
+
+
+def output() -> Console:
+    """Where tables go: standard output; wide enough to stay whole where nobody watches."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Advance]:
+    """A bar with the time left, on standard error and gone at the end; yields what advances it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(description, total=total)
+        yield lambda amount: bars.advance(task, amount)

@@ -1,0 +1,99 @@
+"""How commands end: one JSON object or text for a person, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from knnmoe.runtime.cli_support import outcome, printable
+from knnmoe.runtime.errors import SettingError
+
+
+def call(work, *, as_json: bool) -> Result:
+    @click.command()
+    def command() -> None:
+        with outcome(as_json) as result:
+            work(result)
+
+    return CliRunner().invoke(command)
+
+
+def succeed(result) -> None:
+    print("a library says something")
+    result({"entries": 3}, lambda: click.echo("three entries"))
+
+
+def fail(_result) -> None:
+    print("a library says something")
+    raise SettingError("k", "out of range", expected="1 to 64", found=99, fix="Choose a smaller K.")
+
+
+def test_success_for_a_script_is_one_object_on_stdout():
+    done = call(succeed, as_json=True)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == {"entries": 3}
+    assert "a library says something" in done.stderr
+
+
+def test_success_for_a_person_is_what_the_command_shows():
+    done = call(succeed, as_json=False)
+    assert done.exit_code == 0
+    assert "three entries" in done.stdout
+    assert "{" not in done.stdout
+
+
+def test_a_stated_failure_for_a_script_is_one_object_on_stdout():
+    done = call(fail, as_json=True)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout) == {
+        "error": "SettingError", "where": "k", "problem": "out of range", "expected": "1 to 64",
+        "found": "99", "fix": "Choose a smaller K.",
+    }  # fmt: skip
+
+
+def test_a_stated_failure_for_a_person_is_on_stderr():
+    done = call(fail, as_json=False)
+    assert done.exit_code == 1
+    assert "error" not in done.stdout
+    for part in ("k: out of range", "expected: 1 to 64", "found: 99", "Choose a smaller K."):
+        assert part in done.stderr
+
+
+def test_a_defect_of_ours_is_not_dressed_up():
+    def defect(_result) -> None:
+        raise ZeroDivisionError
+
+    assert isinstance(call(defect, as_json=True).exception, ZeroDivisionError)
+
+
+def test_an_interrupt_ends_without_a_traceback():
+    def interrupt(_result) -> None:
+        raise KeyboardInterrupt
+
+    assert call(interrupt, as_json=False).exit_code == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_sigterm_runs_the_clean_up():
+    cleaned = []
+
+    def work(_result) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert call(work, as_json=False).exit_code == 143
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_strangers_text_cannot_drive_the_terminal():
+    assert printable("name\x1b[2J\x07 ü\n") == "name\ufffd[2J\ufffd ü\n"

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnmoe.runtime.errors import SettingError
+from knnmoe.runtime.statistics import paired_bootstrap
+
+
+def test_the_mean_is_weighted_by_tokens() -> None:
+    mean, low, high = paired_bootstrap([-1.0, 0.5], [300, 100])
+    assert mean == pytest.approx((-1.0 * 300 + 0.5 * 100) / 400)
+    # Two sequences: both drawn alike often enough that the interval is their range.
+    assert (low, high) == (-1.0, 0.5)
+
+
+def test_the_interval_is_that_of_a_direct_computation() -> None:
+    rng = np.random.default_rng(5)
+    deltas, tokens = rng.normal(-0.1, 1, 40), rng.integers(10, 200, 40)
+    _, low, high = paired_bootstrap(deltas, tokens, samples=4000)
+    means = []
+    for _ in range(4000):
+        drawn = rng.choice(40, size=40, replace=True)
+        means.append(sum(deltas[i] * tokens[i] for i in drawn) / sum(tokens[i] for i in drawn))
+    expected = np.percentile(means, [2.5, 97.5])
+    np.testing.assert_allclose([low, high], expected, atol=0.03)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        _, low, high = paired_bootstrap(rng.normal(0.3, 1, 50), np.full(50, 7), samples=300)
+        covered += low <= 0.3 <= high
+    assert 176 <= covered <= 198
+
+
+def test_the_same_seed_gives_the_same_interval_whatever_the_block_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deltas, tokens = np.arange(20.0), np.full(20, 3)
+    first = paired_bootstrap(deltas, tokens, seed=3)
+    assert first == paired_bootstrap(deltas, tokens, seed=3)
+    assert first != paired_bootstrap(deltas, tokens, seed=4)
+    monkeypatch.setattr("knnmoe.runtime.statistics._BLOCK", 100)
+    assert first == paired_bootstrap(deltas, tokens, seed=3)
+
+
+def test_one_sequence_says_nothing_about_others() -> None:
+    assert paired_bootstrap([-0.5], [100]) == (-0.5, -np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "tokens", "samples"),
+    [
+        ([], [], 10),
+        ([1.0], [1, 2], 10),
+        ([[1.0]], [[1]], 10),
+        ([1.0, float("nan")], [1, 1], 10),
+        ([1.0, 2.0], [1, 0], 10),
+        ([1.0, 2.0], [1, 1], 0),
+    ],
+)
+def test_what_cannot_be_resampled_is_refused(deltas: Any, tokens: Any, samples: int) -> None:
+    with pytest.raises(SettingError):
+        paired_bootstrap(deltas, tokens, samples=samples)
