@@ -133,9 +133,7 @@ def describe(checkpoint: Checkpoint, family: Family) -> Architecture:
             names.num_heads, "does not divide the hidden size", f"a divisor of {hidden}"
         )
     if heads % kv_heads:
-        raise config.wrong(
-            names.num_kv_heads, "does not divide the heads", f"a divisor of {heads}"
-        )
+        raise config.wrong(names.num_kv_heads, "does not divide the heads", f"a divisor of {heads}")
     head_size = config.count(names.head_size, default=hidden // heads)
     if head_size != hidden // heads:
         raise config.wrong(
@@ -305,7 +303,9 @@ def _rope_theta(config: _Config, family: Family) -> float:
         if not isinstance(found, dict):
             raise config.wrong(name, "malformed", "an object or null")
         if found.get("rope_type", found.get("type", "default")) != "default":
-            raise config.wrong(name, "asks for a scaling that is not supported", "rope_type default")
+            raise config.wrong(
+                name, "asks for a scaling that is not supported", "rope_type default"
+            )
         if found.get("partial_rotary_factor", 1.0) != 1.0:
             raise config.wrong(name, "rotates only a part of each head", "the whole head")
     parameters = config.raw("rope_parameters") or {}

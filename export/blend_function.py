@@ -154,9 +154,7 @@ def _scores(
 ) -> ir.Value:
     """What the neighbours are ranked by, [T, N]: inner products (cosine) or similarities (RBF)."""
     bound = _LARGEST if similarity == "cosine" else RBF_CLIP
-    queries = g.op(
-        "Clip", g.op("Sub", v["x"], v["center"]), _number(g, -bound), _number(g, bound)
-    )
+    queries = g.op("Clip", g.op("Sub", v["x"], v["center"]), _number(g, -bound), _number(g, bound))
     if similarity == "cosine":
         # Divided by the largest magnitude first: the squares of a finite row may overflow.
         largest = g.op("ReduceMax", g.op("Abs", queries), g.ints(1), keepdims=1)

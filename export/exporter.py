@@ -18,6 +18,7 @@ from knnmoe.runtime.bundle import (
     GATE_GRAPHS,
     PRECISIONS,
     TOKENIZER,
+    Bundle,
     FileSpec,
     FusedSpec,
     GraphSpec,
@@ -58,7 +59,7 @@ class ExportReport:
         segments: Number of segments.
         fused: Whether the fused layout is in it.
         files: Every file with its size, in the order of the manifest.
-        seconds: How long it took.
+        seconds: How long it took, without the check.
     """
 
     bundle: Path
@@ -83,6 +84,7 @@ def export(
     fused: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Bundle], None] | None = None,
 ) -> ExportReport:
     """Export a checkpoint as a bundle.
 
@@ -94,6 +96,8 @@ def export(
             for the `assignment` variant to mix further experts in.
         fused: Also write the fused layout; it shares the weights, so it costs no space.
         overwrite: Replace a bundle that is there.
+        progress: Called with the stage, bytes done and bytes in all.
+        check: Called with the whole bundle before it takes its name; raising discards it.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or exported.
@@ -164,13 +168,16 @@ def export(
             },
         )
         write_manifest(directory, manifest)
+        seconds = time.perf_counter() - started
+        if check is not None:
+            check(Bundle.open(directory, verify=False))
     return ExportReport(
         bundle=target,
         gates=architecture.shape.num_gates,
         segments=len(segments),
         fused=fused,
         files=files,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
     )
 
 

@@ -26,9 +26,7 @@ class GateShape:
     routing: RoutingRule
 
 
-def route(
-    g: GraphBuilder, logits: ir.Value, shape: GateShape
-) -> tuple[ir.Value, ir.Value]:
+def route(g: GraphBuilder, logits: ir.Value, shape: GateShape) -> tuple[ir.Value, ir.Value]:
     """Append the routing rule: logits [T, E] → (expert_ids int32, expert_weights), [T, k].
 
     If the seam has room for more experts than the rule selects, the rest have weight 0.

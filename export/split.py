@@ -131,9 +131,7 @@ def _declare_past(
     shape = ("batch", a.shape.num_kv_heads, "capacity", a.shape.head_size)
     key = g.input(f"past_key_{layer}", "float32", shape)
     value = g.input(f"past_value_{layer}", "float32", shape)
-    present = [
-        TensorSpec(f"present_{part}_{layer}", "float32", shape) for part in ("key", "value")
-    ]
+    present = [TensorSpec(f"present_{part}_{layer}", "float32", shape) for part in ("key", "value")]
     return (key, value), present
 
 

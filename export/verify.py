@@ -1,7 +1,7 @@
 """Does the bundle compute what transformers computes? Every gate's router logits, and the logits.
 
-The reference runs each sequence alone, whole and without a cache; the bundle runs the same tokens in
-the pieces of `CASES`, through the segments and the frozen gate graph. torch and transformers are
+The reference runs each sequence alone, whole and without a cache; the bundle runs the same tokens
+in the pieces of `CASES`, through the segments and the frozen gate graph. torch and transformers are
 imported only when a verification is asked for.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,15 @@ def verify(
         BackendError: If torch or transformers is not installed.
     """
     shape = bundle.manifest.architecture
-    cases = [c for c in CASES if max(map(sum, zip(c.past, c.new, strict=True))) <= shape.max_positions]
+    cases = [
+        c for c in CASES if max(map(sum, zip(c.past, c.new, strict=True))) <= shape.max_positions
+    ]
     rng = np.random.default_rng(seed)
     tokens = [
-        [rng.integers(0, shape.vocab_size, past + new) for past, new in zip(c.past, c.new, strict=True)]
+        [
+            rng.integers(0, shape.vocab_size, past + new)
+            for past, new in zip(c.past, c.new, strict=True)
+        ]
         for c in cases
     ]
     total = sum(map(len, tokens)) + len(cases)
@@ -132,13 +138,24 @@ def verify(
     if not report.max_abs_error <= tolerance:
         worst = max(report.cases, key=lambda name: report.cases[name])
         raise VerificationError(
-            bundle.path,
+            f"export of {checkpoint}",
             f"disagrees with transformers, most in case (batch, sequence, past) = {worst}",
             expected=f"|Δ| at most {tolerance:g}",
             found=f"{report.max_abs_error:.3g}",
-            fix="Export again; if it stays, this checkpoint is not what its description says.",
+            fix="Nothing was kept. Export without --verify to look into the bundle.",
         )
     return report
+
+
+def require_reference() -> None:
+    """Raise `BackendError` unless torch and transformers are installed; imports neither."""
+    for package in ("torch", "transformers"):
+        if find_spec(package) is None:
+            raise BackendError(
+                "verification",
+                f"needs the package {package}, which is not installed",
+                fix="Run `pip install 'knnmoe[train]'`.",
+            )
 
 
 class SplitRunner:
@@ -147,12 +164,16 @@ class SplitRunner:
     def __init__(self, bundle: Bundle) -> None:
         import onnxruntime
 
+        options = onnxruntime.SessionOptions()
+        # Threads that spin while they wait would take the cores from the next session.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+        def session(file: str) -> Any:
+            return onnxruntime.InferenceSession(bundle.file(file), options)
+
         self._manifest = bundle.manifest
-        self._segments = [
-            onnxruntime.InferenceSession(bundle.file(segment.file))
-            for segment in bundle.manifest.segments
-        ]
-        self._gate = onnxruntime.InferenceSession(bundle.file(bundle.manifest.gates[FROZEN].file))
+        self._segments = [session(segment.file) for segment in bundle.manifest.segments]
+        self._gate = session(bundle.manifest.gates[FROZEN].file)
 
     def run(self, case: Case, sequences: Sequence[Tokens]) -> list[_Outputs]:
         """Feed the sequences [past + new] in the pieces of the case."""
@@ -242,16 +263,17 @@ def _reference(
     step: Callable[[], None],
 ) -> list[list[_Outputs]]:
     """transformers in fp32, each sequence alone; the model is freed on return."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise BackendError(
-            "--verify", "needs torch and transformers", fix="Install knnmoe[train]."
-        ) from error
-    model = AutoModelForCausalLM.from_pretrained(
+    require_reference()
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    silence: Callable[[], None] = logging.disable_progress_bar
+    silence()
+    model: Any = AutoModelForCausalLM.from_pretrained(
         Path(checkpoint), dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    ).eval()
+    )
+    model.eval()
     rule = bundle.manifest.routing
     expected = []
     for sequences in tokens:
@@ -295,7 +317,7 @@ def _compare(
         by_case[case.name] = worst
     if ties > MAX_TIED_SHARE * positions:
         raise VerificationError(
-            bundle.path,
+            "router logits",
             "too many routing decisions are ties to compare anything",
             expected=f"at most {MAX_TIED_SHARE:.0%} of the positions",
             found=f"{ties} of {positions}",

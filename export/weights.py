@@ -1,8 +1,8 @@
 """Streaming writer of the weights: safetensors files that the graphs use as external data.
 
 A file is planned first (names, shapes, who produces them), so that every offset is known before a
-byte is written; then tensors go out chunk by chunk, hashed on the way. The peak of memory is a chunk
-of a tensor, never a model.
+byte is written; then tensors go out chunk by chunk, hashed on the way. The peak of memory is a
+chunk of a tensor, never a model.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def write_file(plan: PlannedFile, directory: Path, progress: Progress) -> FileSp
             written = 0
             for chunk in tensor.chunks():
                 data = np.ascontiguousarray(chunk, dtype="<f4")
-                stream.write(data)
-                digest.update(data)
+                stream.write(data.data)
+                digest.update(data.data)
                 written += data.nbytes
                 progress(data.nbytes)
             if written != tensor.nbytes:

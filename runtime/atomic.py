@@ -50,6 +50,8 @@ def new_directory(
     try:
         yield temporary
         _sync_tree(temporary)
+        # Once more: somebody may have written there meanwhile.
+        check_replaceable(target, overwrite=overwrite)
         _move_into_place(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -200,7 +200,7 @@ def sequence_gate(
     dtype = evidence.dtype.type
     by_sequence = evidence.reshape(state.shape[0], -1)
     real = np.arange(by_sequence.shape[1])[None, :] < lengths[:, None]
-    sums = state[:, :1] + np.cumsum(by_sequence * real, axis=1)
+    sums = state[:, :1] + np.cumsum(np.where(real, by_sequence, 0), axis=1)
     tokens: Floats = state[:, 1:] + np.cumsum(real, axis=1).astype(dtype)
     new_state = np.stack([sums[:, -1], tokens[:, -1]], axis=1)
     if not numbers.sharpness:

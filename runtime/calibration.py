@@ -98,7 +98,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "inverse_temperature": (0.0, 1e4),
     "mean": _FLAG,
     "scale": (0.0, 1.0),
-    "power": (0.0, 64.0),
+    "power": (0.01, 64.0),  # at 0 an empty memory would count as certain
     "midpoint": _ANY,
     "sharpness": (0.0, 1e6),
     "cap": (0.0, 1e4),

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blend import GateMemory
-from .bundle import Bundle, FusedSpec
+from .bundle import EXPORT_AGAIN, Bundle, FusedSpec
 from .calibration import Similarity, Variant
 from .engines.onnxruntime import OrtEngine
-from .errors import BackendError, InputError
+from .errors import BackendError, BundleError, InputError
 from .gates.onnx import graph_name
 from .gates.select import Backend, EngineOf, make_gate
 from .generation import Completion, Event, collect, stream
@@ -251,7 +251,12 @@ class Model:
 def _generation_config(bundle: Bundle) -> GenerationConfig:
     """The bundle's own; a checkpoint may state its end token only in `config.json`."""
     config = bundle.path / "config.json"
-    stated = parse_object(config.read_bytes()).get("eos_token_id") if config.is_file() else None
+    stated = None
+    if config.is_file():
+        try:
+            stated = parse_object(config.read_bytes()).get("eos_token_id")
+        except ValueError as error:
+            raise BundleError(config, f"is not valid JSON ({error})", fix=EXPORT_AGAIN) from error
     ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
     return GenerationConfig.from_json(bundle.path / "generation_config.json", eos_token_ids=ends)
 

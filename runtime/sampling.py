@@ -20,6 +20,8 @@ from .manifest import parse_object
 
 Logits = NDArray[np.float32]
 
+NUCLEUS_FIRST = 1024
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
@@ -223,7 +225,11 @@ class Sampler:
 def penalize(logits: Logits, said: NDArray[np.bool_], penalty: float) -> Logits:
     """Make tokens already said [V] less likely: logits [V] divided, or multiplied if negative."""
     factor = np.float32(penalty)
-    return np.where(said, np.where(logits < 0, logits * factor, logits / factor), logits)
+    ids = np.flatnonzero(said)
+    chosen = logits[ids]
+    scores = logits.copy()
+    scores[ids] = np.where(chosen < 0, chosen * factor, chosen / factor)
+    return scores
 
 
 def distribution(
@@ -236,17 +242,36 @@ def distribution(
     scores = scores / np.float32(config.temperature)
     ids = np.arange(len(scores))
     if 0 < config.top_k < len(scores):
-        least = np.partition(scores, -config.top_k)[-config.top_k]
-        ids = np.flatnonzero(scores >= least)
+        ids = _largest(scores, config.top_k)
     if config.top_p < 1:
-        order = ids[np.argsort(scores[ids], kind="stable")]
-        kept = np.cumsum(_softmax(scores[order])) > 1 - config.top_p
-        kept[-1] = True
-        ids = np.sort(order[kept])
+        ids = ids[_nucleus(scores[ids], config.top_p)]
     if config.min_p > 0:
-        kept_scores = scores[ids].astype(np.float64)
-        ids = ids[np.exp(kept_scores - kept_scores.max()) >= config.min_p]
+        kept = scores[ids].astype(np.float64)
+        ids = ids[np.exp(kept - kept.max()) >= config.min_p]
     return ids, _softmax(scores[ids])
+
+
+def _largest(scores: Logits, count: int) -> NDArray[np.int64]:
+    """Where the `count` largest are, ascending, and all that are equal to the last of them."""
+    return np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+
+
+def _nucleus(scores: Logits, mass: float) -> NDArray[np.int64]:
+    """Where the fewest most likely are that together reach `mass`, ascending; at least one."""
+    odds = np.exp(scores - scores.max())
+    total = float(odds.sum(dtype=np.float64))
+    candidates = np.arange(len(scores))
+    if len(scores) > NUCLEUS_FIRST:
+        # Sorting a whole vocabulary costs milliseconds, and the mass is nearly always in a few.
+        few = _largest(scores, NUCLEUS_FIRST)
+        if float(odds[few].sum(dtype=np.float64)) >= mass * total:
+            candidates = few
+    # Of equally likely tokens transformers drops the first ids first.
+    order = candidates[np.argsort(scores[candidates], kind="stable")[::-1]]
+    shares = odds[order].astype(np.float64) / total
+    kept = np.cumsum(shares) - shares < mass
+    kept[0] = True
+    return np.sort(order[kept])
 
 
 def _softmax(scores: Logits) -> NDArray[np.float64]:

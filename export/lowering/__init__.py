@@ -1,0 +1,1 @@
+"""What the parts of a model become for one kind of runtime."""

@@ -1,9 +1,9 @@
 """The `ort` lowering: what the parts of a model become for ONNX Runtime.
 
-GroupQueryAttention with rotary embedding and the key-value cache in place, fused norms, and one node
-for all experts of a gate. Residual sums are always written together with the norm that follows them
-(SkipSimplifiedLayerNormalization), so that ONNX Runtime finds nothing left to fuse and the split and
-the fused layout compute the same operations in the same order.
+GroupQueryAttention with rotary embedding and the key-value cache in place, fused norms, and one
+node for all experts of a gate. Residual sums are always written together with the norm that follows
+them (SkipSimplifiedLayerNormalization), so that ONNX Runtime finds nothing left to fuse, and the
+split and the fused layout compute the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -158,9 +158,7 @@ class OrtLowering:
         )  # fmt: skip
         return g.op("Mul", mixed, total)
 
-    def _query_key_value(
-        self, normed: ir.Value, layer: int
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _query_key_value(self, normed: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
         """normed [B, S, D] → query [B, S, Q], key and value [B, S, KV]."""
         g, a = self._g, self._a
         widths = (a.query_width, a.kv_width, a.kv_width)
@@ -194,9 +192,7 @@ class OrtLowering:
             axis=-1, epsilon=self._a.norm_epsilon, stash_type=1,
         )  # fmt: skip
 
-    def _add_norm(
-        self, hidden: ir.Value, added: ir.Value, name: str
-    ) -> tuple[ir.Value, ir.Value]:
+    def _add_norm(self, hidden: ir.Value, added: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """(norm of the sum, the sum)."""
         outputs = self._g.ops(
             "SkipSimplifiedLayerNormalization", hidden, added, self.weight(name),

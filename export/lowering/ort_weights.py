@@ -66,9 +66,7 @@ def _rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[NDArray[np
         yield from row_chunks(checkpoint.tensor(name))
 
 
-def _experts(
-    architecture: Architecture, checkpoint: Checkpoint, layer: int
-) -> list[PlannedTensor]:
+def _experts(architecture: Architecture, checkpoint: Checkpoint, layer: int) -> list[PlannedTensor]:
     """The stacks that com.microsoft.MoE reads: gate and up rows interleaved, and down."""
     names, shape = architecture.family.tensors, architecture.shape
     hidden, width, count = shape.hidden_size, architecture.expert_width, shape.num_experts
@@ -95,7 +93,10 @@ def _rope(architecture: Architecture) -> list[PlannedTensor]:
     """Cosines and sines [positions, head size / 2], computed as transformers does, in fp32."""
     size, positions = architecture.shape.head_size, architecture.shape.max_positions
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    frequencies = 1.0 / (np.float32(architecture.rope_theta) ** exponents)
+    # The power is rounded once, from float64, as torch's is; NumPy's own in fp32 is an ulp off here
+    # and there, which is 2e-4 rad at position 4096.
+    powers = np.power(architecture.rope_theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
     rows = 4096
 
     def table(function: np.ufunc) -> Iterator[NDArray[np.float32]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_symbolic_links_are_refused_wherever_they_are(bundle, tmp_path, place):
     else:
         target.write_text("secret")
     link.symlink_to(target)
-    with pytest.raises(BundleError, match="symbolic link|not a bundle"):
+    with pytest.raises(BundleError, match=r"symbolic link|not a bundle"):
         Bundle.open(bundle)
 
 
@@ -138,7 +138,7 @@ def test_a_graph_must_be_among_the_files(bundle):
 
 def test_another_schema_is_refused_before_anything_else_is_looked_at(bundle):
     (bundle / "manifest.json").write_text('{"schema": "knnmoe.bundle/2", "shape": "new"}')
-    with pytest.raises(BundleError, match="schema: unknown; expected knnmoe.bundle/1"):
+    with pytest.raises(BundleError, match=r"schema: unknown; expected knnmoe\.bundle/1"):
         Bundle.open(bundle)
 
 
@@ -219,7 +219,7 @@ def test_a_manifest_with_a_wrong_field_is_refused_by_its_name(bundle, edit, mess
 
 def test_an_unknown_gate_graph_is_refused(bundle):
     change(bundle, lambda m: m["gates"].update(euclid=m["gates"]["frozen"]))
-    with pytest.raises(BundleError, match="gates.euclid: unknown gate graph"):
+    with pytest.raises(BundleError, match=r"gates\.euclid: unknown gate graph"):
         Bundle.open(bundle)
 
 
@@ -231,8 +231,14 @@ def test_an_endless_directory_is_not_walked_to_its_end(bundle, monkeypatch):
         Bundle.open(bundle)
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_a_stated_failure(bundle):
-    (bundle / "config.json").chmod(0)
+def test_an_unreadable_file_is_a_stated_failure(bundle, monkeypatch):
+    opener = Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.name == "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opener(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(BundleError, match=r"config\.json: cannot be read"):
         Bundle.open(bundle)

@@ -75,6 +75,21 @@ def test_the_distribution_is_that_of_transformers(options: dict[str, Any]) -> No
         np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_top_p_over_a_large_vocabulary_keeps_the_fewest_that_reach_it(
+    top_p: float, spread: float
+) -> None:
+    logits = np.random.default_rng(2).normal(0, spread, 5000).astype(np.float32)
+    ids, _ = distribution(logits, GenerationConfig(top_k=0, top_p=top_p))
+    wide = np.exp(logits.astype(np.float64) - logits.max())
+    wide /= wide.sum()
+    mass = wide[ids].sum()
+    assert mass >= top_p - 1e-6
+    assert mass - wide[ids].min() < top_p + 1e-6
+    assert wide[ids].min() >= np.delete(wide, ids).max()
+
+
 def test_top_k_keeps_all_that_are_as_likely_as_the_last() -> None:
     ids, probabilities = distribution(
         np.array([1, 3, 2, 2, 0], np.float32), GenerationConfig(top_k=2)

@@ -1,0 +1,1 @@
+"""Building memories, and calibrating how far they are trusted."""

@@ -1,0 +1,238 @@
+"""`knnmoe memory`: build, inspect and calibrate memory packs.
+
+Nothing heavy is imported before a command runs: `--help` answers at once. The defaults and choices
+below are those of `settings.py`, named again for that reason; a test compares.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.errors import BackendError
+
+PATH = click.Path(path_type=Path)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+BUILD_EXAMPLE = """\b
+Example:
+  knnmoe memory build checkpoint reference.jsonl pack --background general.txt
+"""
+CALIBRATE_EXAMPLE = """\b
+Example:
+  knnmoe memory calibrate bundle pack --domain validation.jsonl --general general.jsonl
+"""
+
+
+@click.group()
+def memory() -> None:
+    """Build, inspect and calibrate memories."""
+
+
+@memory.command(short_help="Build a memory pack from reference text.", epilog=BUILD_EXAMPLE)
+@click.argument("checkpoint", type=PATH)
+@click.argument("references", nargs=-1, required=True, type=PATH, metavar="REFERENCE...")
+@click.argument("pack", type=PATH)
+@click.option(
+    "--background",
+    multiple=True,
+    type=PATH,
+    metavar="FILE",
+    help="Text the memory is not for: it finds entries that change nothing; repeatable.",
+)
+@click.option(
+    "--background-ratio",
+    default=1.0,
+    show_default=True,
+    help="Background entries for each entry of reference text, at most.",
+)
+@click.option("--steps", default=3, show_default=True, help="Gradient steps.")
+@click.option("--learning-rate", default=3.0, show_default=True, help="Their size.")
+@click.option(
+    "--gates", default="all", show_default=True, help="all, last:N, or numbers such as 0,3."
+)
+@click.option("--max-length", default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--max-tokens", type=int, help="Entries from the reference text at most.")
+@click.option("--batch-tokens", default=1024, show_default=True, help="Tokens learned together.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Of the stored tensors.",
+)
+@click.option(
+    "--variant",
+    type=click.Choice(["logits", "assignment", "residual"]),
+    default="residual",
+    show_default=True,
+    help="What is blended.",
+)
+@click.option("--neighbors", default=8, show_default=True, help="Neighbours K.")
+@click.option(
+    "--similarity",
+    type=click.Choice(["cosine", "rbf"]),
+    default="cosine",
+    show_default=True,
+    help="What a neighbour is near by.",
+)
+@click.option(
+    "--confidence",
+    type=click.Choice(["mean", "sum"]),
+    default="mean",
+    show_default=True,
+    help="Evidence: the neighbours' mean similarity, or its sum up to 1.",
+)
+@click.option(
+    "--weighting",
+    type=click.Choice(["similarity", "softmax"]),
+    default="softmax",
+    show_default=True,
+    help="Weights of the neighbours.",
+)
+@click.option("--temperature", default=0.05, show_default=True, help="Of the softmax.")
+@click.option("--scale", default=0.7, show_default=True, help="λ is scale · evidence ^ power.")
+@click.option("--power", default=2.0, show_default=True, help="λ is scale · evidence ^ power.")
+@click.option("--overwrite", is_flag=True, help="Replace a pack that is there.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted build of this pack.")
+@json_option
+def build(
+    checkpoint: Path,
+    references: tuple[Path, ...],
+    pack: Path,
+    background: tuple[Path, ...],
+    overwrite: bool,
+    restart: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Build a memory pack from a checkpoint and reference text.
+
+    CHECKPOINT is a Hugging Face directory, each REFERENCE a .txt file (one document) or a .jsonl
+    file (a document a line, {"text": …}), PACK the directory to write. What an interrupted build
+    has done lies in PACK.partial: the same command goes on from there.
+    """
+    with outcome(as_json) as result:
+        try:
+            from .build import build_memory
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                "knnmoe memory build",
+                f"needs the package {error.name}, which is not installed",
+                fix="Run `pip install 'knnmoe[train]'`.",
+            ) from error
+        from .progress import token_bar
+        from .settings import BuildSettings, UseSettings
+        from .tables import print_build
+
+        try:
+            with token_bar("Building") as progress:
+                report = build_memory(
+                    checkpoint,
+                    references,
+                    pack,
+                    settings=BuildSettings(**_fields(BuildSettings, options)),
+                    use=UseSettings(**_fields(UseSettings, options)),
+                    background=background,
+                    overwrite=overwrite,
+                    restart=restart,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            click.echo("Give the same command again to go on.", err=True)
+            raise
+        result(report.to_json(), lambda: print_build(report))
+
+
+@memory.command(short_help="Show what is in a memory pack.")
+@click.argument("pack", type=PATH)
+@json_option
+def inspect(pack: Path, as_json: bool) -> None:
+    """Show what is in a memory pack: gates, settings, statistics and where it comes from.
+
+    Every file is checked against its hash.
+    """
+    with outcome(as_json) as result:
+        from knnmoe.runtime.memory import MemoryPack
+
+        from .summary import summarize
+        from .tables import print_summary
+
+        summary = summarize(MemoryPack.open(pack))
+        result(summary.to_json(), lambda: print_summary(summary))
+
+
+@memory.command(short_help="Fit on held-out text how far to trust it.", epilog=CALIBRATE_EXAMPLE)
+@click.argument("bundle", type=PATH)
+@click.argument("pack", type=PATH)
+@click.option(
+    "--domain",
+    multiple=True,
+    required=True,
+    type=PATH,
+    metavar="FILE",
+    help="Held-out text of the domain, none of it in the memory; repeatable.",
+)
+@click.option(
+    "--general",
+    multiple=True,
+    required=True,
+    type=PATH,
+    metavar="FILE",
+    help="Text that must not suffer; repeatable.",
+)
+@click.option(
+    "--max-general-loss",
+    default=0.002,
+    show_default=True,
+    help="What general text may lose, nats a token, upper end of the interval.",
+)
+@click.option(
+    "--max-tokens",
+    default=8000,
+    show_default=True,
+    help="Tokens of each text to measure on, drawn from all over it.",
+)
+@click.option("--threads", type=int, help="Of the runtime.  [default: physical cores]")
+@json_option
+def calibrate(
+    bundle: Path,
+    pack: Path,
+    domain: tuple[Path, ...],
+    general: tuple[Path, ...],
+    max_general_loss: float,
+    max_tokens: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Choose on held-out text how a memory is used, and write that into PACK.
+
+    Tries variants, K, scales and gates on the text given and takes what gains most on the domain
+    among what spares general text. If the domain's gain is not certain on text that took no part
+    in the choice, nothing is written and the command fails.
+    """
+    with outcome(as_json) as result:
+        from .calibrate import calibrate as run
+        from .progress import token_bar
+        from .tables import print_calibration
+
+        with token_bar("Measuring") as progress:
+            report = run(
+                bundle,
+                pack,
+                domain,
+                general,
+                max_general_loss=max_general_loss,
+                max_tokens=max_tokens,
+                threads=threads,
+                progress=progress,
+            )
+        result(report.to_json(), lambda: print_calibration(report))
+
+
+def _fields(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a settings class has, by its names."""
+    return {name: options[name] for name in kind.__dataclass_fields__}

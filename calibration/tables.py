@@ -1,0 +1,161 @@
+"""What the commands print for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from knnmoe.runtime.atomic import readable_size
+from knnmoe.runtime.calibration import Calibration
+from knnmoe.runtime.cli_support import printable
+from knnmoe.runtime.commands.common import output
+
+if TYPE_CHECKING:
+    from .build import BuildReport  # which needs torch
+    from .calibrate import CalibrationReport
+    from .confidence import Interval
+    from .summary import PackSummary
+
+
+def print_build(report: BuildReport) -> None:
+    """The outcome of a build, in a few lines."""
+    pack, console = report.pack, output()
+    background = f", {report.background_tokens:,} of them background"
+    console.print(
+        f"{pack.path}: {pack.entries:,} entries in each of {len(pack.gates)} gates"
+        f"{background if report.background_tokens else ''}, {readable_size(pack.bytes)}",
+        markup=False,
+    )
+    console.print(
+        f"NLL of the reference text {report.nll_before:.4f} → {report.nll_after:.4f} nats a token"
+        " with the logits learned for it"
+    )
+    speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
+    console.print(f"{report.seconds:.1f} s{speed}")
+
+
+def print_summary(summary: PackSummary) -> None:
+    """A pack's gates as a table, then how it is used and where it comes from."""
+    pack, console = summary.pack, output()
+    console.print(
+        f"{pack.path}: {pack.model.model_type}, variant {pack.variant}, K = {pack.neighbors},"
+        f" {pack.similarity} similarity, {readable_size(pack.bytes)}",
+        markup=False,
+    )
+    table = Table()
+    columns = ("gate", "entries", "background", "size", "logits", "residuals", "evidence")
+    for name in (*columns, "midpoint", "sharpness"):
+        table.add_column(name, justify="right")
+    for gate, stated in zip(summary.gates, pack.gates, strict=True):
+        numbers = stated.calibration
+        gated = bool(numbers.sharpness)
+        table.add_row(
+            str(gate.gate),
+            f"{gate.entries:,}",
+            f"{gate.background:,}",
+            readable_size(gate.bytes),
+            f"{gate.logit_rms:.3f}",
+            f"{gate.residual_rms:.3f}",
+            f"{gate.similarity:.3f}",
+            f"{numbers.midpoint:.3f}" if gated else "-",
+            f"{numbers.sharpness:.3g}" if gated else "-",
+        )
+    console.print(table)
+    console.print(
+        "Logits and residuals: root mean square. Evidence: what an entry drawn at random finds"
+        " among the entries of other documents.",
+        style="dim",
+    )
+    by_formula: dict[str, list[int]] = {}
+    for stated in pack.gates:
+        by_formula.setdefault(formula(stated.calibration), []).append(stated.gate)
+    for text, gates in by_formula.items():
+        console.print(f"gates {', '.join(map(str, gates))}: {text}")
+    missing = sorted(set(range(pack.model.num_gates)) - {gate.gate for gate in pack.gates})
+    if missing:
+        console.print(f"gates {', '.join(map(str, missing))}: left to the frozen router")
+    _print_provenance(console, pack.provenance)
+
+
+def print_calibration(report: CalibrationReport) -> None:
+    """What was tried, what was chosen, and what that is worth."""
+    console = output()
+    table = Table(title="Change of NLL, nats a token [95 % interval]")
+    table.add_column("settings")
+    table.add_column("domain", justify="right")
+    table.add_column("general", justify="right")
+    for one in report.tried:
+        table.add_row(
+            one.candidate.name,
+            interval(one.domain),
+            interval(one.general),
+            style="bold" if one is report.chosen else None,
+        )
+    console.print(table)
+    console.print(f"Written into {report.pack.path}: {report.chosen.candidate.name}", markup=False)
+    console.print(
+        f"On text that took no part in the choice: domain {interval(report.domain)},"
+        f" general {interval(report.general)}"
+    )
+
+
+def interval(found: Interval) -> str:
+    """A mean with its interval, signed."""
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def formula(numbers: Calibration) -> str:
+    """λ and the weights as docs/method.md writes them; midpoint and sharpness by name."""
+    evidence = "s̄" if numbers.mean else "min(1, Σs)"
+    power = "" if numbers.power == 1 else f"^{numbers.power:g}"
+    gate = ""
+    if numbers.sharpness:
+        growth = f"min(√t, {numbers.cap:g})·" if numbers.sequence else ""
+        measured = "mean s̄" if numbers.sequence else "s̄"
+        gate = f"·σ({growth}sharpness·({measured} - midpoint))"
+    parts = []
+    if numbers.weight_power:
+        parts.append("s" if numbers.weight_power == 1 else f"s^{numbers.weight_power:g}")
+    if numbers.inverse_temperature:
+        parts.append(f"exp(s/{1 / numbers.inverse_temperature:.3g})")
+    return f"λ = {numbers.scale:g}·{evidence}{power}{gate}, w ∝ {'·'.join(parts) or '1'}"
+
+
+def _print_provenance(console: Console, provenance: Mapping[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+
+    def add(label: str, content: str) -> None:
+        # As text, because a stranger's pack may hold what a terminal or rich would obey.
+        table.add_row(Text(printable(label).replace("_", " ")), Text(printable(content)))
+
+    for name, content in provenance.items():
+        if not isinstance(content, Mapping):
+            add(name, _short(content))
+            continue
+        nested = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+        add(name, _listed({key: value for key, value in content.items() if key not in nested}))
+        for key, value in nested.items():
+            add(f"  {key}", _listed(value))
+    console.print(table)
+
+
+def _listed(content: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in content.items())
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_short(item) for item in value)
+    if isinstance(value, Mapping):
+        return f"({_listed(value)})"
+    text = str(value)
+    # Enough of a hash to recognise it.
+    return text[:12] + "…" if len(text) == 64 and text.isalnum() else text

@@ -1,0 +1,128 @@
+"""The command line `knnmoe-export`. Everything heavy is imported when a checkpoint is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from knnmoe import __version__
+from knnmoe.runtime.bundle import PRECISIONS
+from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from knnmoe.runtime.bundle import Bundle
+
+    from .exporter import ExportReport
+    from .verify import VerifyReport
+
+_PATH = click.Path(path_type=Path)
+
+
+def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:
+    if not asked or ctx.resilient_parsing:
+        return
+    from .families import FAMILIES
+
+    for model_type, family in sorted(FAMILIES.items()):
+        click.echo(f"{family.name} (model_type {model_type})")
+    ctx.exit()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint", type=_PATH)
+@click.argument("bundle", type=_PATH)
+@click.option("--verify", "verified", is_flag=True,
+              help="Compare with transformers before the bundle takes its name.")  # fmt: skip
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
+              help="Of the experts.")  # fmt: skip
+@click.option("--experts-per-token", type=click.IntRange(min=1),
+              help="Room for experts a token; more than the model's own lets the assignment "
+                   "variant mix further experts in.")  # fmt: skip
+@click.option("--no-fused", is_flag=True, help="Leave the fused layout out.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--list-families", is_flag=True, is_eager=True, expose_value=False,
+              callback=_list_families, help="List what can be exported, and exit.")  # fmt: skip
+@click.version_option(__version__, prog_name="knnmoe-export")
+def main(
+    checkpoint: Path,
+    bundle: Path,
+    verified: bool,
+    precision: str,
+    experts_per_token: int | None,
+    no_fused: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export a Mixture-of-Experts checkpoint as a bundle of ONNX segments.
+
+    CHECKPOINT is a Hugging Face directory (config.json, safetensors, tokenizer.json), BUNDLE the
+    directory to create. Exit codes: 0 done, 1 a stated failure, 2 wrong usage.
+    """
+    with outcome(as_json) as result:
+        try:
+            from .exporter import export
+        except ModuleNotFoundError as error:
+            raise BackendError(
+                "knnmoe-export",
+                f"needs the package {error.name}, which is not installed",
+                fix="Run `pip install 'knnmoe[export]'`.",
+            ) from error
+        from .progress import export_bars
+        from .verify import require_reference, verify
+
+        if verified:
+            require_reference()  # now, and not after the weights are written
+        checks: list[VerifyReport] = []
+        with export_bars() as progress:
+
+            def compare(written: Bundle) -> None:
+                checks.append(verify(checkpoint, written, progress=progress))
+
+            report = export(
+                checkpoint,
+                bundle,
+                precision=precision,
+                experts_per_token=experts_per_token,
+                fused=not no_fused,
+                overwrite=overwrite,
+                progress=progress,
+                check=compare if verified else None,
+            )
+        check = checks[0] if checks else None
+        result(to_json(report, check), lambda: _show(report, check))
+
+
+def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:
+    """What `--json` prints."""
+    figures: dict[str, Any] = {
+        "bundle": str(report.bundle),
+        "gates": report.gates,
+        "segments": report.segments,
+        "fused": report.fused,
+        "bytes": report.total_bytes,
+        "seconds": round(report.seconds, 3),
+    }
+    if check is not None:
+        figures |= {
+            "max_abs_error": check.max_abs_error,
+            "gate_errors": list(check.gates),
+            "logits_error": check.logits,
+            "case_errors": check.cases,
+            "ties": check.ties,
+            "tolerance": check.tolerance,
+        }
+    return figures
+
+
+def _show(report: ExportReport, check: VerifyReport | None) -> None:
+    from .report import print_report
+
+    print_report(report, check)
+
+
+if __name__ == "__main__":
+    main()

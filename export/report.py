@@ -1,0 +1,50 @@
+"""The summary of an export, for a person."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from knnmoe.runtime.atomic import readable_size
+
+from .exporter import ExportReport
+from .verify import VerifyReport
+
+
+def print_report(report: ExportReport, check: VerifyReport | None) -> None:
+    """Print what was written and, if it was compared with transformers, the worst errors."""
+    console = Console()
+    table = Table(title=f"Exported to {report.bundle}", title_justify="left")
+    table.add_column("segment", justify="right")
+    table.add_column("ends at")
+    table.add_column("graph", justify="right")
+    table.add_column("weights", justify="right")
+    if check is not None:
+        table.add_column("worst |Δ|", justify="right")
+    for index in range(report.segments):
+        last = index == report.gates
+        graph, weights = (
+            report.files[f"segments/{index:02d}.{suffix}"].size
+            for suffix in ("onnx", "safetensors")
+        )
+        row = [
+            str(index),
+            "logits" if last else f"gate {index}",
+            readable_size(graph),
+            readable_size(weights),
+        ]
+        if check is not None:
+            row.append(f"{check.logits if last else check.gates[index]:.1e}")
+        table.add_row(*row)
+    console.print(table)
+    layouts = "split and fused" if report.fused else "split"
+    console.print(
+        f"{report.gates} gates, {report.segments} segments, layouts: {layouts}; "
+        f"{readable_size(report.total_bytes)} in {report.seconds:.1f} s"
+    )
+    if check is not None:
+        ties = f", {check.ties} positions left out as ties" if check.ties else ""
+        console.print(
+            f"agrees with transformers: worst |Δ| {check.max_abs_error:.1e} over "
+            f"{len(check.cases)} shapes (batch, sequence, past){ties}"
+        )

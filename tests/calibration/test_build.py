@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+
+from knnmoe.calibration.build import BuildReport, build_memory, median_gamma
+from knnmoe.calibration.partial import work_directory
+from knnmoe.calibration.settings import BuildSettings, UseSettings, parse_gates
+from knnmoe.calibration.teacher import Teacher
+from knnmoe.runtime.errors import (
+    CheckpointError,
+    InputError,
+    KnnMoeError,
+    OutputError,
+    SettingError,
+)
+from knnmoe.runtime.memory import GateEntries, MemoryPack
+from knnmoe.runtime.tokenizer import Tokenizer
+from tiny import make_tiny_olmoe, write_tiny_tokenizer
+
+Build = Callable[..., BuildReport]
+SMALL: dict[str, Any] = {"max_length": 32, "batch_tokens": 96, "learning_rate": 1.0}
+
+
+@pytest.fixture
+def build(tiny_checkpoint: Path, reference: Path) -> Build:
+    def call(pack: Path, settings: dict[str, Any] | None = None, **options: Any) -> BuildReport:
+        options = {"checkpoint": tiny_checkpoint, "references": [reference]} | options
+        return build_memory(
+            options.pop("checkpoint"),
+            options.pop("references"),
+            pack,
+            settings=BuildSettings(**(SMALL | (settings or {}))),
+            **options,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def built(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Path,
+    reference: Path,
+    background: Path,
+) -> BuildReport:
+    return build_memory(
+        tiny_checkpoint,
+        [reference],
+        tmp_path_factory.mktemp("built") / "pack",
+        settings=BuildSettings(**SMALL),
+        background=[background],
+    )
+
+
+def entries(pack: MemoryPack) -> dict[int, GateEntries]:
+    return {gate.gate: pack.read(gate) for gate in pack.gates}
+
+
+def files(pack: Path) -> dict[str, bytes]:
+    """The tensor files of a pack; `memory.json` has the date."""
+    return {path.name: path.read_bytes() for path in sorted(pack.glob("*.safetensors"))}
+
+
+def test_entries_follow_the_text_and_can_be_traced_back_to_it(
+    built: BuildReport, tiny_checkpoint: Path, reference: Path, background: Path
+) -> None:
+    origins = built.pack.read_origins()
+    assert origins is not None
+    tokenizer = Tokenizer.load(tiny_checkpoint)
+    documents = [json.loads(line)["text"] for line in reference.read_text().splitlines()]
+    sources = {0: documents[0], 1: documents[1], -1: background.read_text()}
+    order = list(dict.fromkeys(origins.documents.tolist()))
+    assert order == [0, 1, -1]
+    for document, text in sources.items():
+        ids = tokenizer.encode(text)
+        mine = origins.documents == document
+        positions = origins.positions[mine]
+        assert positions.tolist() == sorted(positions)
+        assert [ids[p] for p in positions] == origins.token_ids[mine].tolist()
+        # The last of every 32 tokens, and of the document, predicts nothing.
+        assert set(range(len(ids))) - set(positions) <= {*range(31, len(ids), 32), len(ids) - 1}
+
+
+def test_keys_and_logits_are_what_the_frozen_routers_read_and_say(
+    built: BuildReport, tiny_checkpoint: Path
+) -> None:
+    teacher = Teacher.load(tiny_checkpoint)
+    routers = [layer.mlp.gate.weight.numpy() for layer in teacher.model.model.layers]
+    for gate, found in entries(built.pack).items():
+        logits = found.keys.astype(np.float32) @ routers[gate].T
+        np.testing.assert_allclose(found.router_logits, logits, atol=0.02)
+        assert found.keys.dtype == found.router_logits.dtype == found.residuals.dtype == np.float16
+        np.testing.assert_allclose(found.center, found.keys.astype(np.float64).mean(0), atol=1e-6)
+
+
+def test_background_entries_change_nothing(built: BuildReport) -> None:
+    origins = built.pack.read_origins()
+    assert origins is not None
+    assert built.background_tokens == (origins.documents < 0).sum() > 20
+    for found in entries(built.pack).values():
+        assert not found.residuals[origins.documents < 0].any()
+        assert found.residuals[origins.documents >= 0].any(axis=1).all()
+
+
+def test_background_is_limited_by_its_ratio(build: Build, background: Path, tmp_path: Path) -> None:
+    report = build(tmp_path / "p", {"background_ratio": 0.1}, background=[background])
+    assert 0 < report.background_tokens <= 0.1 * report.tokens
+    none = build(tmp_path / "q", {"background_ratio": 0}, background=[background])
+    assert none.background_tokens == 0
+
+
+def test_the_reference_becomes_more_likely_and_the_pack_says_by_how_much(
+    built: BuildReport,
+) -> None:
+    assert built.nll_after < built.nll_before - 0.05
+    said = MemoryPack.open(built.pack.path).provenance
+    assert (said["nll_before"], said["nll_after"]) == (built.nll_before, built.nll_after)
+    assert said["reference"]["files"] == ["reference.jsonl"]
+    assert said["reference"]["documents"] == 2
+    assert said["reference"]["tokens"] == built.tokens
+    assert len(said["reference"]["sha256"]) == 64
+    assert said["background"]["tokens"] == built.background_tokens
+    assert (said["steps"], said["learning_rate"]) == (3, 1.0)
+    assert set(said["versions"]) == {"knnmoe", "torch", "transformers"}
+    assert "T" in said["date"]
+
+
+def test_nothing_but_the_pack_remains(built: BuildReport) -> None:
+    assert [path.name for path in built.pack.path.parent.iterdir()] == ["pack"]
+
+
+def test_the_defaults_are_the_safe_ones(built: BuildReport) -> None:
+    pack = built.pack
+    assert (pack.variant, pack.neighbors, pack.similarity) == ("residual", 8, "cosine")
+    numbers = pack.gates[0].calibration
+    assert (numbers.interpolate, numbers.scale, numbers.power) == (0, 0.7, 2)
+    assert (numbers.weight_power, numbers.inverse_temperature) == (0, pytest.approx(20))
+
+
+def test_a_build_may_be_used_in_any_variant(build: Build, tmp_path: Path) -> None:
+    use = UseSettings(
+        variant="assignment", similarity="rbf", confidence="sum", weighting="similarity",
+        neighbors=3, scale=1.0, power=1.0,
+    )  # fmt: skip
+    pack = build(tmp_path / "p", use=use).pack
+    assert (pack.variant, pack.similarity, pack.neighbors) == ("assignment", "rbf", 3)
+    for gate, found in zip(pack.gates, entries(pack).values(), strict=True):
+        numbers = gate.calibration
+        assert (numbers.interpolate, numbers.mean, numbers.weight_power) == (1, 0, 1)
+        assert numbers.gamma == pytest.approx(median_gamma(found.keys))
+
+
+def test_gamma_makes_two_unrelated_entries_similar_by_one_over_e() -> None:
+    keys = np.random.default_rng(0).normal(size=(400, 10)).astype(np.float16)
+    squares = ((keys[:200].astype(float) - keys[200:].astype(float)) ** 2).sum(1)
+    assert np.median(np.exp(-median_gamma(keys) * squares)) == pytest.approx(np.exp(-1), abs=0.03)
+    assert median_gamma(np.ones((5, 3), np.float16)) == 1
+    assert median_gamma(np.ones((1, 3), np.float16)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("all", (0, 1, 2)), ("last:2", (1, 2)), ("last:3", (0, 1, 2)), ("2,0", (0, 2)), ("1", (1,))],
+)
+def test_gates_are_chosen_by_words_or_numbers(text: str, expected: tuple[int, ...]) -> None:
+    assert parse_gates(text, 3) == expected
+
+
+@pytest.mark.parametrize("text", ["", "last", "last:0", "last:4", "3", "-1", "0;1", "first:1"])
+def test_gates_that_are_not_there_are_refused(text: str) -> None:
+    with pytest.raises(SettingError, match="gates"):
+        parse_gates(text, 3)
+
+
+def test_a_pack_covers_the_gates_asked_for(build: Build, tmp_path: Path) -> None:
+    pack = build(tmp_path / "p", {"gates": "last:1"}).pack
+    assert [gate.gate for gate in pack.gates] == [2]
+    assert pack.model.num_gates == 3
+
+
+def test_fp32_keeps_what_fp16_rounds(build: Build, built: BuildReport, tmp_path: Path) -> None:
+    exact = entries(build(tmp_path / "p", {"precision": "fp32"}).pack)[1]
+    rounded = entries(built.pack)[1]
+    count = len(exact.keys)
+    assert exact.keys.dtype == np.float32
+    np.testing.assert_array_equal(exact.keys.astype(np.float16), rounded.keys[:count])
+    np.testing.assert_array_equal(exact.residuals.astype(np.float16), rounded.residuals[:count])
+
+
+def test_another_family_builds_the_same_way(build: Build, tmp_path: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=272, hidden_size=32, moe_intermediate_size=16, intermediate_size=16, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=8,
+        num_experts_per_tok=2, initializer_range=0.3, mlp_only_layers=[0],
+    )  # fmt: skip
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    write_tiny_tokenizer(tmp_path / "qwen")
+    report = build(tmp_path / "p", checkpoint=tmp_path / "qwen")
+    # The first layer is dense: its router is none.
+    assert (report.pack.model.model_type, report.pack.model.num_gates) == ("qwen3_moe", 1)
+    assert report.nll_after < report.nll_before
+
+
+# --- interruptions --------------------------------------------------------------------------
+
+
+def test_an_interrupted_build_goes_on_to_the_same_bits(
+    build: Build, background: Path, built: BuildReport, tmp_path: Path
+) -> None:
+    pack = tmp_path / "pack"
+    reports: list[int] = []
+
+    def interrupt(done: int, total: int) -> None:
+        reports.append(done)
+        if len(reports) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(pack, background=[background], progress=interrupt)
+    assert not pack.exists()
+    assert len(list(work_directory(pack).glob("batch-*"))) == 2
+    again: list[int] = []
+    build(pack, background=[background], progress=lambda done, total: again.append(done))
+    assert again[0] == reports[-1] > 0  # it did not start over
+    assert files(pack) == files(built.pack.path)
+    assert not work_directory(pack).exists()
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from knnmoe.calibration.build import build_memory
+from knnmoe.calibration.settings import BuildSettings
+torch.set_num_threads(1)
+calls = []
+def kill(done, total):
+    calls.append(done)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint, reference, background, pack = sys.argv[1:]
+settings = BuildSettings(max_length=32, batch_tokens=96, learning_rate=1.0)
+build_memory(
+    checkpoint, [reference], pack, settings=settings, background=[background], progress=kill
+)
+"""
+
+
+def test_a_killed_build_goes_on_to_the_same_bits(
+    build: Build, tiny_checkpoint: Path, reference: Path, background: Path, built: BuildReport,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pack = tmp_path / "pack"
+    paths = [tiny_checkpoint, reference, background, pack]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, paths)], env=os.environ, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert not pack.exists()
+    first: list[int] = []
+    build(pack, background=[background], progress=lambda done, total: first.append(done))
+    assert first[0] > 0
+    assert files(pack) == files(built.pack.path)
+
+
+def interrupted(build: Build, pack: Path, **options: Any) -> Path:
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(pack, progress=interrupt, **options)
+    return work_directory(pack)
+
+
+def test_an_interrupted_build_of_other_settings_is_refused_and_kept(
+    build: Build, tmp_path: Path
+) -> None:
+    partial = interrupted(build, tmp_path / "pack")
+    before = files(partial)
+    with pytest.raises(OutputError, match=r"steps 2; found steps 3\..*--restart"):
+        build(tmp_path / "pack", {"steps": 2})
+    assert files(partial) == before
+
+
+def test_an_interrupted_build_of_other_text_is_refused(build: Build, tmp_path: Path) -> None:
+    interrupted(build, tmp_path / "pack")
+    other = tmp_path / "other.txt"
+    other.write_text("Something else entirely was written here.")
+    with pytest.raises(OutputError, match="reference"):
+        build(tmp_path / "pack", references=[other])
+
+
+def test_an_interrupted_build_of_another_model_is_refused(build: Build, tmp_path: Path) -> None:
+    interrupted(build, tmp_path / "pack")
+    other = make_tiny_olmoe(tmp_path / "other", seed=1)
+    with pytest.raises(OutputError, match="model sha256"):
+        build(tmp_path / "pack", checkpoint=other)
+
+
+def test_restart_discards_what_was_interrupted(build: Build, tmp_path: Path) -> None:
+    interrupted(build, tmp_path / "pack")
+    fresh = build(tmp_path / "fresh", {"steps": 2})
+    again = build(tmp_path / "pack", {"steps": 2}, restart=True)
+    assert files(again.pack.path) == files(fresh.pack.path)
+
+
+def test_a_damaged_work_directory_is_refused(build: Build, tmp_path: Path) -> None:
+    partial = interrupted(build, tmp_path / "pack")
+    next(partial.glob("batch-*")).write_bytes(b"nonsense")
+    with pytest.raises(OutputError, match=r"damaged.*--restart"):
+        build(tmp_path / "pack")
+    (partial / "job.json").write_text("{")
+    with pytest.raises(OutputError, match=r"job\.json.*--restart"):
+        build(tmp_path / "pack")
+
+
+def test_a_file_in_the_way_of_the_work_directory_is_not_touched(
+    build: Build, tmp_path: Path
+) -> None:
+    work_directory(tmp_path / "pack").write_text("mine")
+    with pytest.raises(OutputError, match="not a directory"):
+        build(tmp_path / "pack", restart=True)
+    assert work_directory(tmp_path / "pack").read_text() == "mine"
+
+
+# --- errors, with nothing left behind ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"checkpoint": Path("nowhere")}, CheckpointError, "not a checkpoint"),
+        ({"references": [Path("nowhere.txt")]}, InputError, "cannot be read"),
+        ({"references": [Path("notes.pdf")]}, InputError, "unknown kind"),
+        ({"settings": {"gates": "7"}}, SettingError, "gates"),
+        ({"settings": {"learning_rate": 1e6}}, SettingError, "smaller --learning-rate"),
+        ({"background": [Path("nowhere.txt")]}, InputError, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_built_leaves_nothing_behind(
+    build: Build,
+    tmp_path: Path,
+    options: dict[str, Any],
+    kind: type[KnnMoeError],
+    message: str,
+) -> None:
+    with pytest.raises(kind, match=message):
+        build(tmp_path / "pack", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_beyond_fp16_ask_for_more_precision(build: Build, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = make_tiny_olmoe(tmp_path / "large")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"] *= 1e6
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingError, match=r"router inputs of gate 0.*--precision fp32"):
+        build(tmp_path / "pack", checkpoint=path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["large"]
+    report = build(tmp_path / "pack", {"precision": "fp32", "steps": 0}, checkpoint=path)
+    assert np.isfinite(entries(report.pack)[0].keys).all()
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(build: Build, tmp_path: Path) -> None:
+    path = make_tiny_olmoe(tmp_path / "bare")
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*beside its config"):
+        build(tmp_path / "pack", checkpoint=path)
+
+
+def test_a_pack_that_is_there_is_replaced_only_when_asked(
+    build: Build, built: BuildReport, tmp_path: Path
+) -> None:
+    build(tmp_path / "pack", {"gates": "0"})
+    before = files(tmp_path / "pack")
+    with pytest.raises(OutputError, match="not empty"):
+        build(tmp_path / "pack", {"gates": "1"})
+    assert files(tmp_path / "pack") == before
+    build(tmp_path / "pack", {"gates": "1"}, overwrite=True)
+    assert list(files(tmp_path / "pack")) == ["entries.safetensors", "gate-01.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", -1),
+        ("learning_rate", float("nan")),
+        ("max_length", 1),
+        ("max_tokens", 0),
+        ("batch_tokens", 0),
+        ("background_ratio", -0.5),
+        ("precision", "int8"),
+    ],
+)
+def test_settings_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(SettingError, match=field.replace("_", " ")):
+        BuildSettings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("neighbors", 0),
+        ("neighbors", 65),
+        ("variant", "other"),
+        ("similarity", "dot"),
+        ("confidence", "calibrated"),
+        ("temperature", 0.0),
+        ("scale", 1.5),
+        ("power", -1.0),
+    ],
+)
+def test_uses_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(SettingError, match=field):
+        UseSettings(**{field: value})

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnmoe.calibration.build import build_memory
+from knnmoe.calibration.calibrate import calibrate
+from knnmoe.calibration.confidence import Ways
+from knnmoe.calibration.settings import BuildSettings
+from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
+from knnmoe.runtime.evaluation import score_sequences
+from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.model import Model
+from tiny import make_tiny_olmoe
+
+STORY = ["the spring ", "was late ", "that year ", "a heron ", "waited ", "by the river "]
+CODE = ["RETURN 1; ", "IF x>0 ", "RAISE ", "CALL f(y) ", "[0,1] ", "{} "]
+SMALL = Ways(neighbors=(4,), scales=(0.5, 1.0))
+Texts = dict[str, Path]
+
+
+def write_documents(path: Path, words: list[str], seed: int, count: int = 16) -> Path:
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices(words, k=9)) for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
+    root = tmp_path_factory.mktemp("texts")
+    return {
+        "reference": write_documents(root / "reference.jsonl", STORY, 0),
+        "domain": write_documents(root / "domain.jsonl", STORY, 1),
+        "general": write_documents(root / "general.jsonl", CODE, 2),
+        "test": write_documents(root / "test.jsonl", STORY, 3),
+    }
+
+
+@pytest.fixture(scope="module")
+def learned(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, texts: Texts
+) -> MemoryPack:
+    """Even a random model predicts such a domain better with a memory of it."""
+    return build_memory(
+        tiny_checkpoint,
+        [texts["reference"]],
+        tmp_path_factory.mktemp("learned") / "pack",
+        settings=BuildSettings(learning_rate=1.0),
+    ).pack
+
+
+def copied(pack: MemoryPack, path: Path, *, shuffled: bool = False, sign: int = 1) -> Path:
+    rng = np.random.default_rng(0)
+    gates = {}
+    for gate in pack.gates:
+        found = pack.read(gate)
+        order = rng.permutation(gate.entries) if shuffled else np.arange(gate.entries)
+        gates[gate.gate] = GateEntries(
+            found.keys, found.router_logits, sign * found.residuals[order], found.center
+        )
+    write_pack(
+        path,
+        model=pack.model,
+        gates=gates,
+        variant=pack.variant,
+        neighbors=pack.neighbors,
+        similarity=pack.similarity,
+        calibration={gate.gate: gate.calibration for gate in pack.gates},
+        origins=None,
+        provenance=pack.provenance,
+    )
+    return path
+
+
+def content(pack: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in pack.iterdir()}
+
+
+def run(bundle: Path, pack: Path, texts: Texts, **options: Any) -> Any:
+    options = {"ways": SMALL, "threads": 1, "max_general_loss": 0.005} | options
+    return calibrate(bundle, pack, [texts["domain"]], [texts["general"]], **options)
+
+
+def test_a_memory_that_pays_is_calibrated_and_pays_on_other_text(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = copied(learned, tmp_path / "pack")
+    tensors = {name: data for name, data in content(path).items() if name != "memory.json"}
+    report = run(tiny_bundle, path, texts)
+    assert report.domain.high < -0.05
+    assert report.chosen.general.high <= 0.005
+    assert len(report.tried) == 2 * 1 * 2 + 2
+
+    pack = MemoryPack.open(path)
+    assert {name: data for name, data in content(path).items() if name != "memory.json"} == tensors
+    assert (pack.variant, pack.neighbors) == (
+        report.chosen.candidate.variant,
+        report.chosen.candidate.neighbors,
+    )
+    assert {g.gate: g.calibration for g in pack.gates} == report.chosen.candidate.calibration
+    said = pack.provenance["calibration"]
+    assert said["chosen"] == report.chosen.candidate.name
+    assert said["domain"]["cross_fitted_high"] == report.domain.high
+    assert said["general"]["delta_high"] == report.chosen.general.high
+    assert pack.provenance["reference"] == learned.provenance["reference"]
+
+    model = Model.load(tiny_bundle, memory=path, threads=1)
+    sequences = [
+        model.tokenizer.encode(json.loads(line)["text"])
+        for line in texts["test"].read_text().splitlines()
+    ]
+    with_memory = score_sequences(model, sequences).mean_nll
+    model.disable_memory()
+    assert with_memory < score_sequences(model, sequences).mean_nll - 0.05
+
+
+def test_the_report_is_what_the_numbers_are(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    """The measured change of the settings written is that of loading the pack and scoring."""
+    path = copied(learned, tmp_path / "pack")
+    reports: list[tuple[int, int]] = []
+    report = run(
+        tiny_bundle, path, texts, progress=lambda done, total: reports.append((done, total))
+    )
+    model = Model.load(tiny_bundle, memory=path, threads=1)
+    sequences = [
+        model.tokenizer.encode(json.loads(line)["text"])
+        for line in texts["domain"].read_text().splitlines()
+    ]
+    with_memory = score_sequences(model, sequences).mean_nll
+    model.disable_memory()
+    frozen = score_sequences(model, sequences).mean_nll
+    assert report.chosen.domain.mean == pytest.approx(with_memory - frozen, abs=1e-5)
+    done, total = reports[-1]
+    assert done == total
+
+
+def test_a_shuffled_memory_is_refused_and_unchanged(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = copied(learned, tmp_path / "pack", shuffled=True)
+    before = content(path)
+    with pytest.raises(VerificationError, match="unchanged"):
+        run(tiny_bundle, path, texts, max_general_loss=10.0)
+    assert content(path) == before
+
+
+def test_a_memory_that_general_text_pays_for_is_refused_and_unchanged(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = copied(learned, tmp_path / "pack", sign=-1)
+    before = content(path)
+    alike = texts | {"general": texts["test"]}  # so near that no gate tells it from the domain
+    with pytest.raises(VerificationError, match=r"general text too much.*unchanged"):
+        run(tiny_bundle, path, alike, max_general_loss=0.0)
+    assert content(path) == before
+
+
+def test_too_little_text_is_refused(tiny_bundle: Path, learned: MemoryPack, texts: Texts) -> None:
+    with pytest.raises(InputError, match="too little domain text"):
+        run(tiny_bundle, learned.path, texts, max_tokens=300)
+
+
+def test_a_memory_of_another_model_is_refused(
+    learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    from knnmoe.export.exporter import export
+
+    export(make_tiny_olmoe(tmp_path / "other", seed=1), tmp_path / "bundle")
+    with pytest.raises(MemoryPackError, match="another model"):
+        run(tmp_path / "bundle", learned.path, texts)
+
+
+def test_bad_input_is_refused(tiny_bundle: Path, learned: MemoryPack, texts: Texts) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.txt"):
+        calibrate(tiny_bundle, learned.path, [Path("nowhere.txt")], [texts["general"]])
+    for limit in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(SettingError, match="max general loss"):
+            run(tiny_bundle, learned.path, texts, max_general_loss=limit)

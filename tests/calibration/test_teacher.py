@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from knnmoe.calibration.teacher import Teacher
+from knnmoe.runtime.errors import CheckpointError
+from tiny import make_tiny_olmoe
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "olmoe": transformers.OlmoeConfig,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+    "mixtral": transformers.MixtralConfig,
+    "gpt_oss": transformers.GptOssConfig,
+}
+TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def random_model(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    # The default initialisation is so small that routing hardly shows in the logits.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def unchanged(gate: int, x: Tensor, logits: Tensor) -> Tensor:
+    return logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_familys_routers_are_opened_without_changing_the_model(family: str) -> None:
+    model = random_model(FAMILIES[family](**TINY))
+    with torch.no_grad():
+        plain = model(input_ids=TOKENS, use_cache=False).logits
+    teacher = Teacher(model)
+    assert (teacher.num_gates, teacher.hidden_size, teacher.num_experts) == (2, 32, 8)
+    with torch.no_grad():
+        assert torch.equal(teacher.logits(TOKENS), plain)
+        assert torch.equal(teacher.logits(TOKENS, unchanged), plain)
+        moved = teacher.logits(TOKENS, lambda gate, x, logits: logits.flip(1))
+    assert (moved - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gates_see_what_transformers_records(family: str) -> None:
+    model = random_model(FAMILIES[family](**TINY))
+    teacher = Teacher(model)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(gate: int, x: Tensor, logits: Tensor) -> Tensor:
+        seen[gate] = (x, logits)
+        return logits
+
+    with torch.no_grad():
+        teacher.logits(TOKENS, note)
+        recorded = model(input_ids=TOKENS, use_cache=False, output_router_logits=True)
+    assert list(seen) == [0, 1]
+    routers = [
+        module for name, module in model.named_modules() if name.endswith(("gate", "router"))
+    ]
+    for gate, expected in enumerate(recorded.router_logits):
+        x, logits = seen[gate]
+        assert torch.equal(logits, expected.reshape(-1, 8))
+        linear = torch.nn.functional.linear(
+            x, routers[gate].weight, getattr(routers[gate], "bias", None)
+        )
+        torch.testing.assert_close(linear, logits)
+
+
+def test_the_weights_are_frozen(tiny_checkpoint: Path) -> None:
+    teacher = Teacher.load(tiny_checkpoint)
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not teacher.model.training
+
+
+def test_a_failing_correction_does_not_stay(tiny_checkpoint: Path) -> None:
+    teacher = Teacher.load(tiny_checkpoint)
+    plain = teacher.logits(TOKENS)
+
+    def fail(gate: int, x: Tensor, logits: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        teacher.logits(TOKENS, fail)
+    assert torch.equal(teacher.logits(TOKENS), plain)
+
+
+def test_padding_at_the_right_changes_nothing_before_it(tiny_checkpoint: Path) -> None:
+    teacher = Teacher.load(tiny_checkpoint)
+    short = TOKENS[:1, :5]
+    padded = torch.cat([short, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    both = torch.cat([padded, TOKENS[1:]])
+    torch.testing.assert_close(
+        teacher.logits(both)[:1, :5], teacher.logits(short), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_dense_model_is_refused() -> None:
+    model = random_model(transformers.LlamaConfig(**TINY))
+    with pytest.raises(CheckpointError, match="no routers"):
+        Teacher(model)
+
+
+def test_a_router_of_two_linear_maps_is_refused() -> None:
+    model = random_model(transformers.OlmoeConfig(**TINY))
+    router = model.model.layers[0].mlp.gate
+    forward = router.forward
+
+    def twice(hidden: Tensor) -> Any:
+        torch.nn.functional.linear(hidden, router.weight)
+        return forward(hidden)
+
+    router.forward = twice
+    with pytest.raises(CheckpointError, match=r"cannot be opened.*one linear map.*found 2"):
+        Teacher(model)
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make_tiny_olmoe(tmp_path / "tiny")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing.*layers\.1\.mlp\.gate"):
+        Teacher.load(path)
+
+
+def test_a_checkpoint_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    path = make_tiny_olmoe(tmp_path / "tiny", model_type="no_such_model")
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        Teacher.load(path)
