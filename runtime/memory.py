@@ -6,7 +6,6 @@ schema, paths, sizes, hashes, shapes, finite numbers, and that it belongs to the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from .atomic import new_directory
 from .blend import GateMemory, unit_rows
-from .bundle import MAX_DIMENSION, MAX_GATES, describe_file
+from .bundle import MAX_DIMENSION, MAX_GATES
 from .calibration import (
     MAX_NEIGHBORS,
     SIMILARITIES,
@@ -31,13 +28,20 @@ from .calibration import (
 )
 from .errors import MemoryPackError, SettingError
 from .manifest import Fields, parse_object
+from .pack_files import (
+    MANIFEST,
+    REBUILD,
+    PackFile,
+    check_file,
+    read_tensors,
+    write_manifest,
+    write_tensors,
+)
 from .routing import RoutingRule
 
 SCHEMA = "knnmoe.memory/1"
-MANIFEST = "memory.json"
 ENTRIES = "entries.safetensors"
 MAX_MANIFEST_BYTES = 16 << 20
-REBUILD = "Build the memory again with `knnmoe memory build`."
 
 Array = NDArray[Any]
 
@@ -80,15 +84,6 @@ class EntryOrigins:
 
 
 @dataclass(frozen=True)
-class PackFile:
-    """A file of the pack as its manifest states it."""
-
-    file: str
-    sha256: str
-    size: int
-
-
-@dataclass(frozen=True)
 class PackGate:
     """One covered gate: its file, how many entries it has, how its similarity is used."""
 
@@ -121,7 +116,7 @@ class MemoryPack:
         pack = _parse(root, _read_manifest(root))
         files = [gate.stored for gate in pack.gates] + ([pack.origins] if pack.origins else [])
         for stored in files:
-            _check_file(root, stored, verify)
+            check_file(root, stored, verify)
         return pack
 
     @property
@@ -155,7 +150,7 @@ class MemoryPack:
             "residuals": (gate.entries, self.model.num_experts),
             "center": (self.model.hidden_size,),
         }
-        tensors = _read_tensors(self.path / gate.stored.file, shapes, ("F16", "F32"))
+        tensors = read_tensors(self.path / gate.stored.file, shapes, ("F16", "F32"))
         return GateEntries(**tensors)
 
     def read_origins(self) -> EntryOrigins | None:
@@ -163,7 +158,7 @@ class MemoryPack:
         if self.origins is None:
             return None
         shapes = dict.fromkeys(("token_ids", "documents", "positions"), (self.entries,))
-        return EntryOrigins(**_read_tensors(self.path / self.origins.file, shapes, ("I32",)))
+        return EntryOrigins(**read_tensors(self.path / self.origins.file, shapes, ("I32",)))
 
     def with_settings(
         self,
@@ -270,7 +265,7 @@ def write_pack(
             raise MemoryPackError(
                 path, f"gate {gate} has no entries", fix="Use a longer reference text."
             )
-        for name, tensor in asdict(entries).items():
+        for name, tensor in vars(entries).items():
             if not np.isfinite(tensor).all():
                 raise MemoryPackError(
                     path,
@@ -281,7 +276,7 @@ def write_pack(
         stated = []
         for gate, entries in sorted(gates.items()):
             numbers = calibration if isinstance(calibration, Calibration) else calibration[gate]
-            stored = _write_tensors(target, f"gate-{gate:02d}.safetensors", asdict(entries))
+            stored = write_tensors(target, f"gate-{gate:02d}.safetensors", vars(entries))
             stated.append(
                 {
                     "gate": gate,
@@ -290,8 +285,8 @@ def write_pack(
                     "calibration": numbers.to_json(),
                 }
             )
-        written = _write_tensors(target, ENTRIES, asdict(origins)) if origins else None
-        _write_manifest(
+        written = write_tensors(target, ENTRIES, vars(origins)) if origins else None
+        write_manifest(
             target,
             {
                 "schema": SCHEMA,
@@ -320,21 +315,8 @@ def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryP
     manifest["provenance"] = dict(provenance)
     for stated in manifest["gates"]:
         stated["calibration"] = by_gate[stated["gate"]].calibration.to_json()
-    _write_manifest(pack.path, manifest)
+    write_manifest(pack.path, manifest)
     return MemoryPack.open(pack.path)
-
-
-def _write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
-    temporary = directory / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
-
-
-def _write_tensors(directory: Path, name: str, tensors: Mapping[str, Array]) -> PackFile:
-    path = directory / name
-    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
-    stated = describe_file(path)
-    return PackFile(name, stated.sha256, stated.size)
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
@@ -431,71 +413,3 @@ def _parse_file(entry: Fields) -> PackFile:
         entry.text("sha256", pattern=r"[0-9a-f]{64}"),
         entry.integer("size", 0, 1 << 50),
     )
-
-
-def _check_file(root: Path, stored: PackFile, verify: bool) -> None:
-    path = root / stored.file
-    if path.is_symlink():
-        raise MemoryPackError(
-            path,
-            "is a symbolic link",
-            expected="a regular file",
-            fix="Copy the pack with its files, not links to them.",
-        )
-    if not path.is_file():
-        raise MemoryPackError(path, "missing", fix="Copy the pack again, or build it again.")
-    size = path.stat().st_size
-    if size != stored.size:
-        raise MemoryPackError(
-            path,
-            "has another size than memory.json states",
-            expected=stored.size,
-            found=size,
-            fix="Copy the pack again, or build it again.",
-        )
-    if verify and (digest := describe_file(path).sha256) != stored.sha256:
-        raise MemoryPackError(
-            path,
-            "was changed (sha256 differs)",
-            expected=stored.sha256,
-            found=digest,
-            fix="Copy the pack again, or build it again.",
-        )
-
-
-def _read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[str, ...]
-) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = set(file.keys())
-            if names != set(shapes):
-                raise MemoryPackError(
-                    path,
-                    "holds other tensors",
-                    expected=sorted(shapes),
-                    found=sorted(names),
-                    fix=REBUILD,
-                )
-            for name, shape in shapes.items():
-                view = file.get_slice(name)
-                found = (tuple(view.get_shape()), view.get_dtype())
-                if found[0] != shape or found[1] not in dtypes:
-                    raise MemoryPackError(
-                        path,
-                        f"tensor {name} has another shape or dtype",
-                        expected=f"{list(shape)} {'/'.join(dtypes)}",
-                        found=f"{list(found[0])} {found[1]}",
-                        fix=REBUILD,
-                    )
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise MemoryPackError(
-            path, "not a readable safetensors file", found=error, fix=REBUILD
-        ) from error
-    for name, tensor in tensors.items():
-        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            raise MemoryPackError(path, f"tensor {name} has NaN or infinite numbers", fix=REBUILD)
-    if "center" in tensors:
-        tensors["center"] = tensors["center"].astype(np.float32)
-    return tensors
