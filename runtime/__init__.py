@@ -1,7 +1,7 @@
 """The part an embedded device installs: bundles, memories, gates, engines, generation.
 
-What a program needs is here by name; each is imported when it is first used, so that the command line
-answers `--help` without loading ONNX Runtime.
+What a program needs is here by name; each is imported when it is first used, so that the command
+line answers `--help` without loading ONNX Runtime.
 """
 
 from __future__ import annotations
