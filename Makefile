@@ -3,6 +3,9 @@ PYTHON ?= python3
 # A second interpreter for the runtime tests without torch; the first of these that exists and runs.
 OTHER_PYTHONS ?= python3.13 python3.12 python3.10 $(wildcard $(HOME)/.pyenv/versions/3.1[023].*/bin/python3)
 
+# Threads of torch that wait must not spin: on few or busy cores that costs more than half the speed.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := .venv/bin
 TEXTS := build/demo/texts
 RUN := $(BIN)/python
@@ -33,7 +36,7 @@ test-runtime: .venv/ready
 texts: .venv/ready
 	$(RUN) examples/demo/texts.py $(TEXTS)
 
-# Trains the demo model anew (about an hour and a half on two cores); nothing else needs it.
+# Trains the demo model anew (about half an hour on two free cores); nothing else needs it.
 train: .venv/ready
 	$(RUN) examples/demo/texts.py --train $(TEXTS)
 	$(RUN) examples/demo/train.py $(TEXTS)

@@ -70,8 +70,7 @@ def blend_function(similarity: Similarity) -> ir.Function:
     g = GraphBuilder(NAME)
     v = {name: g.input(name, *_TYPES[name]) for name in INPUTS}
     c = _calibration(g, v["calibration"])
-    scores = _scores(g, v, c, similarity)
-    found = _nearest(g, scores, v["n_valid"], v["k"])
+    found = _nearest(g, v, c, similarity)
     weights = _weights(g, found, c)
     means = _weighted_values(g, v["values"], found, weights)
     evidence = _evidence(g, found, c)
@@ -146,44 +145,51 @@ def _divide_or_zero(g: GraphBuilder, rows: ir.Value, by: ir.Value) -> ir.Value:
     return g.op("Div", rows, g.op("Where", g.op("Greater", by, zero), by, one))
 
 
-def _scores(
+def _nearest(
     g: GraphBuilder,
     v: Mapping[str, ir.Value],
     c: Mapping[str, ir.Value],
     similarity: Similarity,
-) -> ir.Value:
-    """What the neighbours are ranked by, [T, N]: inner products (cosine) or similarities (RBF)."""
-    bound = _LARGEST if similarity == "cosine" else RBF_CLIP
-    queries = g.op("Clip", g.op("Sub", v["x"], v["center"]), _number(g, -bound), _number(g, bound))
-    if similarity == "cosine":
-        # Divided by the largest magnitude first: the squares of a finite row may overflow.
-        largest = g.op("ReduceMax", g.op("Abs", queries), g.ints(1), keepdims=1)
-        queries = _divide_or_zero(g, queries, largest)
-        norms = g.op("Sqrt", _row_sum(g, g.op("Mul", queries, queries)))
-        queries = _divide_or_zero(g, queries, norms)
-    products = g.op("Gemm", queries, v["keys"], transB=1)
-    products = g.op("Mul", products, _column(g, v["key_scales"], 0))
-    if similarity == "cosine":
-        return products
-    squares = _row_sum(g, g.op("Mul", queries, queries))
-    doubled = g.op("Mul", products, _number(g, 2.0))
-    distances = g.op("Add", g.op("Sub", squares, doubled), _column(g, v["key_scales"], 1))
-    distances = g.op("Max", distances, _number(g, 0.0))
-    return g.op("Exp", g.op("Neg", g.op("Mul", c["gamma"], distances)))
+) -> _Found:
+    """The K' = min(K, N) best valid entries; ties go to the lower index, as TopK has it.
 
-
-def _nearest(g: GraphBuilder, scores: ir.Value, n_valid: ir.Value, k: ir.Value) -> _Found:
-    """The K' = min(K, N) best valid entries; ties go to the lower index, as TopK has it."""
-    capacity = g.op("Shape", scores, start=1, end=2)
+    The keys are fp32 here, so they are true as they are and their multiplier is not read. What is
+    done to all [T, N] scores costs as much as the product itself, so the mask, and for RBF the
+    keys' norms, ride in the product as its bias, and the rest is done to the K' that are left.
+    """
+    queries = _queries(g, v, similarity)
+    capacity = g.op("Shape", v["keys"], start=0, end=1)
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     positions = g.op("Range", zero, g.op("Squeeze", capacity), one)
-    valid = g.op("Less", positions, n_valid)
-    masked = g.op("Where", valid, scores, _number(g, -np.inf))
-    best, neighbors = g.ops("TopK", masked, g.op("Min", k, capacity), count=2, axis=1)
-    exists = g.op("Cast", g.op("Less", neighbors, n_valid), to=int(ir.DataType.FLOAT))
-    # -inf of the entries that do not exist becomes 0 here.
+    norms = _column(g, v["key_scales"], 1)
+    # RBF: 2 q·key - ‖key‖² falls with the distance; ‖q‖² is the same for all entries.
+    open_bias = g.op("Neg", norms) if similarity == "rbf" else _number(g, 0.0)
+    valid = g.op("Less", positions, v["n_valid"])
+    bias = g.op("Where", valid, open_bias, _number(g, -np.inf))
+    alpha = 2.0 if similarity == "rbf" else 1.0
+    scores = g.op("Gemm", queries, v["keys"], bias, transB=1, alpha=alpha)
+    best, neighbors = g.ops("TopK", scores, g.op("Min", v["k"], capacity), count=2, axis=1)
+    if similarity == "rbf":
+        squares = _row_sum(g, g.op("Mul", queries, queries))
+        distances = g.op("Max", g.op("Sub", squares, best), _number(g, 0.0))
+        best = g.op("Exp", g.op("Neg", g.op("Mul", c["gamma"], distances)))
+    exists = g.op("Less", neighbors, v["n_valid"])
+    best = g.op("Where", exists, best, _number(g, 0.0))
     similarities = g.op("Clip", best, _number(g, 0.0), _number(g, 1.0))
-    return _Found(neighbors, similarities, exists)
+    return _Found(neighbors, similarities, g.op("Cast", exists, to=int(ir.DataType.FLOAT)))
+
+
+def _queries(g: GraphBuilder, v: Mapping[str, ir.Value], similarity: Similarity) -> ir.Value:
+    """x [T, D] as it is compared: centred, and of unit length for cosine."""
+    bound = _LARGEST if similarity == "cosine" else RBF_CLIP
+    queries = g.op("Clip", g.op("Sub", v["x"], v["center"]), _number(g, -bound), _number(g, bound))
+    if similarity == "rbf":
+        return queries
+    # Divided by the largest magnitude first: the squares of a finite row may overflow.
+    largest = g.op("ReduceMax", g.op("Abs", queries), g.ints(1), keepdims=1)
+    queries = _divide_or_zero(g, queries, largest)
+    norms = g.op("Sqrt", _row_sum(g, g.op("Mul", queries, queries)))
+    return _divide_or_zero(g, queries, norms)
 
 
 def _weights(g: GraphBuilder, found: _Found, c: Mapping[str, ir.Value]) -> ir.Value:

@@ -109,22 +109,19 @@ def rank(
     products: Floats, x: Floats, memory: GateMemory, dtype: type[np.floating[Any]]
 ) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
     """From inner products [T, N] to the K best: ids, similarities, existence, [T, K']."""
-    if memory.similarity == "cosine":
-        scores = products
-    else:
-        queries = prepare_queries(x, memory)
-        squares = (queries * queries).sum(axis=1, keepdims=True)
-        norms = memory.key_scales[:, 1].astype(dtype)
-        gamma = dtype(memory.calibration.gamma)
-        distances = np.maximum(squares - 2 * products + norms, 0)
-        scores = np.exp(-gamma * distances)
-    count = scores.shape[1]
+    scores, count = products, products.shape[1]
+    if memory.similarity == "rbf":
+        # Falls with the distance; ‖q‖² is the same for all entries.
+        scores = 2 * products - memory.key_scales[:, 1].astype(dtype)
     exists = np.arange(count) < memory.n_valid
     scores = np.where(exists, scores, -np.inf)
     # Sorting by -score with a stable sort gives ties to the lower index, as ONNX TopK does.
     ids = np.argsort(-scores, axis=1, kind="stable")[:, : min(memory.k, count)]
-    found = exists[ids]
-    similarities = np.clip(np.take_along_axis(scores, ids, axis=1), 0, 1)
+    found, best = exists[ids], np.take_along_axis(scores, ids, axis=1)
+    if memory.similarity == "rbf":
+        squares = (prepare_queries(x, memory) ** 2).sum(axis=1, keepdims=True)
+        best = np.exp(-dtype(memory.calibration.gamma) * np.maximum(squares - best, 0))
+    similarities = np.clip(np.where(found, best, 0), 0, 1)
     return ids, similarities.astype(dtype), found
 
 

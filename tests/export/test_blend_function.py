@@ -188,11 +188,11 @@ def test_a_huge_query_points_where_a_small_one_of_its_direction_does(sessions):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "rbf"])
-def test_capacity_beyond_n_valid_may_hold_anything(sessions, similarity):
+def test_capacity_beyond_n_valid_does_not_count(sessions, similarity):
     clean = make_case(similarity, PAPER, n_valid=np.array([5]), k=np.array([64]))
     dirty = {name: np.copy(v) if isinstance(v, np.ndarray) else v for name, v in clean.items()}
     dirty["values"][5:] = np.nan
-    dirty["keys"][5:] = np.nan
+    dirty["keys"][5:] = 9.0
     found, expected = run(sessions[similarity], dirty), run(sessions[similarity], clean)
     for name in ("r_out", "confidence", "state_out", "similarities"):
         np.testing.assert_array_equal(found[name], expected[name])

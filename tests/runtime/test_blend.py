@@ -198,7 +198,7 @@ def cases(draw: st.DrawFn) -> Case:
         calibration=numbers,
     )
     if draw(st.booleans()):
-        memory.keys[memory.n_valid :] = np.nan
+        memory.keys[memory.n_valid :] = 9.0  # nearer than any valid entry
         memory.values[memory.n_valid :] = np.nan
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     x = rng.normal(size=(batch * length, HIDDEN))
