@@ -44,7 +44,7 @@ train: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,export,faiss,train]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,export,faiss,plugin-test,train]'
 	touch $@
 
 clean:

@@ -1,0 +1,64 @@
+"""The kernels compile for every target, and need no more of a device than is pinned here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from knnmoe.runtime.errors import BackendError
+from knnmoe.trt_plugins.compiler import ARCHITECTURES, KernelUsage, compile_kernels, compile_ptx
+from knnmoe.trt_plugins.plan import SOURCE
+from knnmoe.trt_plugins.toolchain import find_nvcc
+
+REGISTERS_OF_AN_SM = 65536
+KERNELS = re.findall(r"X\((knnmoe_\w+), knnmoe::k(\w*)Warps, (\d)", SOURCE.read_text())
+THREADS = {"": 256, "Prefill": 128, "Finish": 128}
+
+
+@pytest.fixture(autouse=True)
+def _nvcc() -> None:
+    try:
+        find_nvcc()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def check(architecture: str, usages: list[KernelUsage]) -> None:
+    by_name = {usage.kernel: usage for usage in usages}
+    assert set(by_name) == {name for name, _, _ in KERNELS}
+    for name, warps, blocks in KERNELS:
+        usage = by_name[name]
+        print(f"sm_{architecture} {name}: {usage.registers} registers")
+        assert usage.spilled_bytes == 0, usage
+        assert usage.stack_bytes == 0, usage
+        assert usage.static_shared_bytes == 0, usage
+        # As many blocks as the launch bounds ask for fit an SM's registers, given out by eights.
+        granted = -(-usage.registers // 8) * 8
+        assert granted * THREADS[warps] * int(blocks) <= REGISTERS_OF_AN_SM, usage
+
+
+def test_kernels_compile_without_spilling(tmp_path: Path) -> None:
+    cubin = tmp_path / "knn_blend.cubin"
+    check("90", compile_kernels("90", cubin))
+    assert cubin.read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "90"])
+def test_kernels_compile_for_every_target_without_spilling(architecture: str) -> None:
+    check(architecture, compile_kernels(architecture))
+
+
+@pytest.mark.slow
+def test_kernels_compile_to_ptx_that_names_them(tmp_path: Path) -> None:
+    compile_ptx(tmp_path / "knn_blend.ptx")
+    text = (tmp_path / "knn_blend.ptx").read_text()
+    for name, _, _ in KERNELS:
+        assert f".visible .entry {name}(" in text
+
+
+def test_an_architecture_that_nvcc_does_not_know_is_refused_with_its_words() -> None:
+    with pytest.raises(BackendError, match="sm_11"):
+        compile_kernels("11")

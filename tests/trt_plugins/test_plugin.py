@@ -1,0 +1,136 @@
+"""The TensorRT plugin: built by nvcc, taken by a real TensorRT-RTX that has no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blend_cases import check, random_case
+from emulated import aligned, compile_emulation
+
+from knnmoe.runtime.blend import Blended
+from knnmoe.runtime.errors import BackendError
+from knnmoe.trt_plugins import library
+from knnmoe.trt_plugins.plan import KEY_TYPES, KeyType
+from knnmoe.trt_plugins.toolchain import find_nvcc
+
+SCRIPT = Path(__file__).parent / "plugin_in_tensorrt.py"
+
+
+def find_headers() -> Path:
+    """TensorRT's headers, of an SDK or of a package that carries them."""
+    try:
+        return library.find_tensorrt_headers()
+    except BackendError as error:
+        carrier = find_spec("kernel_lens")
+        if carrier is None or carrier.origin is None:
+            pytest.skip(str(error))
+        return Path(carrier.origin).parent / "include" / "tensorrt"
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, for one architecture: what TensorRT sees on the host is the same for all."""
+    headers = find_headers()
+    try:
+        find_nvcc()
+    except BackendError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("plugin")
+    return library.build(folder / library.LIBRARY, headers=headers, architectures=("86",), ptx=None)
+
+
+@pytest.mark.slow
+def test_the_library_needs_no_tensorrt_and_exports_two_functions(plugin: Path) -> None:
+    def lines(*command: str) -> list[str]:
+        return subprocess.run(
+            [*command, plugin], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    exported = [line.split()[-1] for line in lines("nm", "-D", "--defined-only")]
+    assert exported == ["getCreators", "setLoggerFinder"]
+    needed = "\n".join(line for line in lines("readelf", "-d") if "NEEDED" in line)
+    for absent in ("nvinfer", "libcuda", "tensorrt"):
+        assert absent not in needed
+
+
+@pytest.mark.slow
+def test_tensorrt_takes_the_plugin_and_builds_engines_with_it(plugin: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx_ir")
+    spec = find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None or find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("tensorrt-rtx is not installed")
+    libraries = Path(spec.origin).parent
+    (found,) = libraries.glob("libtensorrt_rtx.so.?")
+    (tmp_path / "libtensorrt_rtx.so").symlink_to(found)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, plugin], capture_output=True, text=True, check=False,
+        env={**os.environ, "LD_LIBRARY_PATH": f"{tmp_path}:{libraries}"}, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.endswith("taken\n"), done.stdout[-2000:] + done.stderr[-4000:]
+    assert 'similarity must be "cosine" or "rbf", is "dot"' in done.stderr
+    assert "calibration must have size 11, has 7" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def emulated_plugin() -> ctypes.CDLL:
+    flags = ("-isystem", str(find_headers()), f"-I{library.PLUGIN}", "-Wno-deprecated-declarations")
+    return ctypes.CDLL(str(compile_emulation(flags=flags, source="plugin.cpp")))
+
+
+@pytest.mark.parametrize("key_type", KEY_TYPES)
+@pytest.mark.parametrize("seed", range(6))
+def test_enqueue_blends(emulated_plugin: ctypes.CDLL, key_type: KeyType, seed: int) -> None:
+    """Driven as TensorRT would: created, attached, told the shapes, enqueued twice."""
+    case = random_case(seed, key_type=key_type, prefill=seed % 3 == 2)
+    memory, stored = case.stored.memory, case.stored
+    columns = min(64, len(stored.keys))
+    inputs = [
+        case.x, case.r, aligned(stored.keys), stored.key_scales, aligned(stored.values),
+        np.array([memory.n_valid]), np.array([memory.k]), memory.center,
+        memory.calibration.vector(), case.state, case.lengths,
+    ]  # fmt: skip
+    tokens = len(case.x)
+    outputs = [
+        np.full(case.r.shape, np.nan, np.float32), np.full(case.state.shape, np.nan, np.float32),
+        np.full(tokens, np.nan, np.float32), np.full((tokens, columns), -7),
+        np.full((tokens, columns), np.nan, np.float32),
+    ]  # fmt: skip
+    # DataType of TensorRT: kFLOAT, kHALF, kINT8, kINT64.
+    types = {"float32": 0, "float16": 1, "int8": 2, "int64": 8}
+    dimensions = [size for a in inputs for size in (*a.shape, 0)[:2]]
+    result = emulated_plugin.knnmoe_enqueue(
+        memory.similarity.encode(), (ctypes.c_longlong * 22)(*dimensions),
+        (ctypes.c_int * 11)(*(types[a.dtype.name] for a in inputs)),
+        (ctypes.c_void_p * 11)(*(a.ctypes.data for a in inputs)),
+        (ctypes.c_void_p * 5)(*(a.ctypes.data for a in outputs)),
+    )  # fmt: skip
+    assert result == 0
+    rows, state, confidence, neighbors, similarities = outputs
+    check(case, Blended(rows, confidence, neighbors, similarities, state))
+
+
+def test_without_the_library_the_error_says_how_to_build_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KNNMOE_PLUGIN", str(tmp_path / "absent.so"))
+    with pytest.raises(BackendError, match=r"absent\.so: the TensorRT plugin is not built.*build"):
+        library.find_library()
+    monkeypatch.delenv("KNNMOE_PLUGIN")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BackendError, match=library.source_hash()):
+        library.find_library()
+
+
+def test_headers_that_are_not_there_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    with pytest.raises(BackendError, match=r"NvInferRuntime\.h: not found"):
+        library.find_tensorrt_headers()

@@ -1,0 +1,1 @@
+"""The blend on a CUDA device: its kernels, and the hosts that launch them."""
