@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from .texts import TokenSequence, TokenText, read_text
 
 OBJECTIVE = "negative log-likelihood of the next token, summed, all gates jointly, plain SGD"
 _PAIRS = 4096
+_PILOT_TOKENS = 4096
 
 # (predicted tokens done, in all)
 Progress = Callable[[int, int], None]
@@ -142,7 +144,8 @@ def build_memory(
     check_free_space(target.absolute().parent, 2 * entries * len(gates) * width * item)
     partial = PartialBuild.open(target, job, restart=restart)
     try:
-        speed = _learn_all(teacher, batches, gates, settings, partial, progress)
+        rates = _rates(teacher, reference, gates, settings)
+        speed = _learn_all(teacher, batches, rates, settings, partial, progress)
         found = _assemble(partial, batches, gates)
         before, after = (float(nll) / reference.targets for nll in found.nll)
         written = write_pack(
@@ -154,7 +157,7 @@ def build_memory(
             similarity=use.similarity,
             calibration=_calibrations(found.gates, use),
             origins=found.origins,
-            provenance=_provenance(settings, reference, backdrop, before, after),
+            provenance=_provenance(settings, rates, reference, backdrop, before, after),
             overwrite=overwrite,
         )
     except BaseException:
@@ -242,10 +245,35 @@ def _job(
     }
 
 
+def _rates(
+    teacher: Teacher, reference: TokenText, gates: tuple[int, ...], settings: BuildSettings
+) -> dict[int, float]:
+    """Each gate's learning rate.
+
+    One rate does not suit all gates, nor two models: early gates have larger gradients, because all
+    that follows depends on them, and logits of any size. A relative rate asks a sample of the text.
+    """
+    if settings.rate == "absolute":
+        return dict.fromkeys(gates, settings.learning_rate)
+    logits, gradients = dict.fromkeys(gates, 0.0), dict.fromkeys(gates, 0.0)
+    for batch in _plan(reference.limited(_PILOT_TOKENS), settings, background=False):
+        tokens = [sequence.tokens for sequence in batch.sequences]
+        # One step at rate one leaves the negative gradient.
+        for gate, rows in learn(teacher, tokens, dict.fromkeys(gates, 1.0), steps=1).gates.items():
+            logits[gate] += float(np.square(rows.router_logits, dtype=np.float64).sum())
+            gradients[gate] += float(np.square(rows.residuals, dtype=np.float64).sum())
+    return {
+        gate: settings.learning_rate * math.sqrt(logits[gate] / gradients[gate])
+        if gradients[gate]
+        else 0.0
+        for gate in gates
+    }
+
+
 def _learn_all(
     teacher: Teacher,
     batches: Sequence[_Batch],
-    gates: tuple[int, ...],
+    rates: Mapping[int, float],
     settings: BuildSettings,
     partial: PartialBuild,
     progress: Progress | None,
@@ -262,9 +290,8 @@ def _learn_all(
         learned = learn(
             teacher,
             [sequence.tokens for sequence in batch.sequences],
-            gates,
+            rates,
             steps=0 if batch.background else settings.steps,
-            learning_rate=settings.learning_rate,
         )
         partial.write(number, _tensors(learned, settings))
         done += batch.targets
@@ -374,6 +401,7 @@ def median_gamma(keys: NDArray[Any]) -> float:
 
 def _provenance(
     settings: BuildSettings,
+    rates: Mapping[int, float],
     reference: TokenText,
     background: TokenText | None,
     before: float,
@@ -392,6 +420,8 @@ def _provenance(
         "background": None if background is None else described(background),
         "steps": settings.steps,
         "learning_rate": settings.learning_rate,
+        "rate": settings.rate,
+        "rates": {str(gate): rate for gate, rate in rates.items()},
         "max_length": settings.max_length,
         "objective": OBJECTIVE,
         "nll_before": before,

@@ -126,7 +126,6 @@ def calibrate(
         )
     opened = MemoryPack.open(pack)
     model = Model.load(bundle, threads=threads)
-    opened.check_belongs_to(model.identity)
     shape = model.bundle.manifest.architecture
     texts = {
         name: read_text(

@@ -50,7 +50,14 @@ def memory() -> None:
     help="Background entries for each entry of reference text, at most.",
 )
 @click.option("--steps", default=3, show_default=True, help="Gradient steps.")
-@click.option("--learning-rate", default=3.0, show_default=True, help="Their size.")
+@click.option("--learning-rate", default=0.1, show_default=True, help="Their size.")
+@click.option(
+    "--rate",
+    type=click.Choice(["relative", "absolute"]),
+    default="relative",
+    show_default=True,
+    help="relative: to the size of each gate's logits; absolute: one rate, as in the paper.",
+)
 @click.option(
     "--gates", default="all", show_default=True, help="all, last:N, or numbers such as 0,3."
 )

@@ -45,10 +45,9 @@ class Learned:
 def learn(
     teacher: Teacher,
     sequences: Sequence[NDArray[np.int64]],
-    gates: Sequence[int],
+    rates: Mapping[int, float],
     *,
     steps: int,
-    learning_rate: float,
 ) -> Learned:
     """Learn the residuals of one batch of token sequences, all gates jointly.
 
@@ -58,9 +57,8 @@ def learn(
     Args:
         teacher: The frozen model.
         sequences: Token ids, each [n] with n ≥ 2.
-        gates: Gates that get vectors; the others stay frozen.
+        rates: Learning rate of each gate that gets vectors; the others stay frozen.
         steps: Steps of plain gradient descent; 0 records the frozen router and leaves residuals 0.
-        learning_rate: Their size.
 
     Raises:
         CheckpointError: If the frozen model's likelihood is not finite.
@@ -72,7 +70,7 @@ def learn(
     deltas: dict[int, Tensor] = {}
 
     def record(gate: int, x: Tensor, logits: Tensor) -> Tensor:
-        if gate not in gates:
+        if gate not in rates:
             return logits
         frozen[gate] = (x.detach(), logits.detach())
         # A leaf of the graph, so that autograd gives its gradient.
@@ -90,7 +88,7 @@ def learn(
             loss = _summed_nll(teacher.logits(token_ids, correct), labels)
         gradients = torch.autograd.grad(loss, list(deltas.values()))
         deltas = {
-            gate: (delta.detach() - learning_rate * gradient).requires_grad_()
+            gate: (delta.detach() - rates[gate] * gradient).requires_grad_()
             for (gate, delta), gradient in zip(deltas.items(), gradients, strict=True)
         }
     after = before
@@ -102,7 +100,7 @@ def learn(
         raise SettingError(
             "learning rate",
             "the learned logits became NaN or infinite",
-            found=learning_rate,
+            found=", ".join(f"{rate:g}" for rate in rates.values()),
             fix="Build with a smaller --learning-rate.",
         )
     learned = {

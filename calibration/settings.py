@@ -16,7 +16,9 @@ from knnmoe.runtime.calibration import (
 )
 from knnmoe.runtime.errors import SettingError
 
+Rate = Literal["relative", "absolute"]
 Precision = Literal["fp16", "fp32"]
+RATES: tuple[Rate, ...] = get_args(Rate)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -27,6 +29,8 @@ class BuildSettings:
     Attributes:
         steps: Gradient steps; 0 stores the frozen router's logits.
         learning_rate: Of plain gradient descent on the loss summed over tokens.
+        rate: `relative`: a first step moves each gate's logits by that share of their root mean
+            square; `absolute`: the same rate for all gates, as in the paper.
         gates: Which gates: `all`, `last:N`, or numbers such as `0,3`.
         max_length: Tokens a sequence is cut to.
         max_tokens: Entries from the reference text at most, or None.
@@ -39,7 +43,8 @@ class BuildSettings:
     """
 
     steps: int = 3
-    learning_rate: float = 3.0
+    learning_rate: float = 0.1
+    rate: Rate = "relative"
     gates: str = "all"
     max_length: int = 256
     max_tokens: int | None = None
@@ -55,6 +60,8 @@ class BuildSettings:
         _check("background ratio", self.background_ratio, 0, 1e3)
         if self.max_tokens is not None:
             _check("max tokens", self.max_tokens, 1, 1 << 40)
+        if self.rate not in RATES:
+            raise SettingError("rate", "unknown", expected=RATES, found=self.rate)
         if self.precision not in PRECISIONS:
             raise SettingError("precision", "unknown", expected=PRECISIONS, found=self.precision)
 

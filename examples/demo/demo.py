@@ -1,8 +1,8 @@
 """The whole path on the demo model, by the commands a user would type; ends with a table.
 
-Exports the model at its gates, builds a memory for each of two domains it knows badly, calibrates
-it on validation text, and measures on test text that chose nothing: what the memory gains in its
-domain, what it changes outside of it, and what each gate costs.
+Exports the model at its gates, builds a memory for a domain it knows badly, calibrates it on
+validation text, and measures on test text that chose nothing: what the memory gains in its domain,
+what it changes outside of it, and what each gate costs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SCRIPTS = Path(sys.executable).parent
-DOMAINS = ("scripture", "finnish")
 PROMPTS = {
     "scripture": "And it came to pass in those days, that",
     "finnish": "Vaka vanha Väinämöinen",
@@ -34,8 +33,10 @@ console = Console(highlight=False)
 @click.command()
 @click.option("--texts", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "build" / "demo")
-def main(texts: Path, out: Path) -> None:
-    """Run the demo; TEXTS is what texts.py wrote."""
+@click.option("--domain", "domains", multiple=True, type=click.Choice(list(PROMPTS)),
+              default=("scripture",), show_default=True, help="May be given twice.")  # fmt: skip
+def main(texts: Path, out: Path, domains: tuple[str, ...]) -> None:
+    """Run the demo; --texts is what texts.py wrote."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model, bundle = HERE / "model", out / "bundle"
@@ -43,30 +44,25 @@ def main(texts: Path, out: Path) -> None:
     say("1. Export: the model is split at its gates into ONNX segments, and compared with torch.")
     exported = run("knnmoe-export", model, bundle, "--verify", "--overwrite")
 
-    results = {}
-    for domain in DOMAINS:
+    results: dict[str, tuple[dict[str, Any], ...]] = {}
+    for domain in domains:
         say(f"2. Memory for '{domain}': routing logits learned on reference text, weights frozen.")
         pack, text = out / f"memory-{domain}", texts / domain
         built = run("knnmoe", "memory", "build", model, text / "reference.jsonl", pack, *BUILD)
         say(f"3. Calibration of '{domain}' on validation text of the domain and of general text.")
         general = texts / "general"
-        held_out = (
-            "--domain",
-            text / "validation.jsonl",
-            "--general",
-            general / "validation.jsonl",
-        )
-        run("knnmoe", "memory", "calibrate", bundle, pack, *held_out)
+        held_out = ["--domain", text / HELD_OUT, "--general", general / HELD_OUT]
+        run("knnmoe", "memory", "calibrate", bundle, pack, *held_out, *CALIBRATE)
         say(f"4. Test text of '{domain}', and general test text; neither has chosen anything.")
         inside = evaluate(bundle, pack, text / "test.jsonl")
         outside = evaluate(bundle, pack, general / "test.jsonl")
         results[domain] = (built, inside, outside)
 
     say("5. What a gate costs: a decode step, part by part.")
-    pack = out / f"memory-{DOMAINS[0]}"
+    pack = out / f"memory-{domains[0]}"
     profile = run("knnmoe", "profile", bundle, "--memory", pack)
 
-    for domain in DOMAINS:
+    for domain in domains:
         say(f"A sample with the memory of '{domain}' (expect the style of 3 million weights).")
         pack, sampling = out / f"memory-{domain}", ("--seed", "1", "--max-new-tokens", "60")
         written = run(
@@ -76,14 +72,18 @@ def main(texts: Path, out: Path) -> None:
 
     console.print()
     console.print(gains(results))
-    console.print(costs(profile))
+    console.print(costs(profile, domains[0]))
     minutes = (time.monotonic() - started) / 60
     error = exported["max_abs_error"]
     console.print(f"Largest logit error against torch: {error:.1e}. All in {minutes:.1f} min.\n")
     console.print(NEXT.format(bundle=bundle.relative_to(ROOT)), soft_wrap=True)
 
 
-BUILD = ("--max-tokens", "40000", "--overwrite")
+# Enough to show it; `--max-tokens` left out takes all there is, and gains more.
+BUILD = ("--max-tokens", "20000", "--overwrite")
+CALIBRATE = ("--max-tokens", "6000")
+TEST = ("--max-tokens", "40000")
+HELD_OUT = "validation.jsonl"
 
 NEXT = """[bold]Next, with a checkpoint and text of your own[/] (OLMoE family, safetensors):
   knnmoe-export CHECKPOINT my-bundle --verify
@@ -114,7 +114,7 @@ def run(command: str, *arguments: object) -> dict[str, Any]:
 
 
 def evaluate(bundle: Path, pack: Path, text: Path) -> dict[str, Any]:
-    return run("knnmoe", "eval", bundle, "--memory", pack, "--text", text)
+    return run("knnmoe", "eval", bundle, "--memory", pack, "--text", text, *TEST)
 
 
 def gains(results: dict[str, tuple[dict[str, Any], ...]]) -> Table:
@@ -130,8 +130,8 @@ def gains(results: dict[str, tuple[dict[str, Any], ...]]) -> Table:
     return table
 
 
-def costs(profile: dict[str, Any]) -> Table:
-    table = Table(title="A decode step with the memory of the first domain, ms (median)")
+def costs(profile: dict[str, Any], domain: str) -> Table:
+    table = Table(title=f"A decode step with the memory of '{domain}', ms (median)")
     for part in profile["parts"]:
         table.add_column(part, justify="right")
     table.add_column("step", justify="right", style="bold")

@@ -14,6 +14,7 @@ import pytest
 import transformers
 
 from knnmoe.calibration.build import BuildReport, build_memory, median_gamma
+from knnmoe.calibration.optimize import learn
 from knnmoe.calibration.partial import work_directory
 from knnmoe.calibration.settings import BuildSettings, UseSettings, parse_gates
 from knnmoe.calibration.teacher import Teacher
@@ -104,6 +105,20 @@ def test_keys_and_logits_are_what_the_frozen_routers_read_and_say(
         np.testing.assert_allclose(found.center, found.keys.astype(np.float64).mean(0), atol=1e-6)
 
 
+def test_keys_stand_beside_the_tokens_they_were_read_at(
+    built: BuildReport, tiny_checkpoint: Path, reference: Path
+) -> None:
+    teacher, tokenizer = Teacher.load(tiny_checkpoint), Tokenizer.load(tiny_checkpoint)
+    text = json.loads(reference.read_text().splitlines()[0])["text"]
+    ids = np.array(tokenizer.encode(text))
+    learned = learn(teacher, [ids[32:64]], [1], steps=0, learning_rate=1).gates[1]
+    origins = built.pack.read_origins()
+    assert origins is not None
+    mine = (origins.documents == 0) & (origins.positions >= 32) & (origins.positions < 63)
+    keys = entries(built.pack)[1].keys[mine]
+    np.testing.assert_allclose(keys, learned.router_inputs, atol=0.01)
+
+
 def test_background_entries_change_nothing(built: BuildReport) -> None:
     origins = built.pack.read_origins()
     assert origins is not None
@@ -118,6 +133,8 @@ def test_background_is_limited_by_its_ratio(build: Build, background: Path, tmp_
     assert 0 < report.background_tokens <= 0.1 * report.tokens
     none = build(tmp_path / "q", {"background_ratio": 0}, background=[background])
     assert none.background_tokens == 0
+    # The figures are about the reference text alone.
+    assert none.nll_before == pytest.approx(report.nll_before, abs=1e-9)
 
 
 def test_the_reference_becomes_more_likely_and_the_pack_says_by_how_much(
@@ -386,8 +403,10 @@ def test_a_pack_that_is_there_is_replaced_only_when_asked(
 ) -> None:
     build(tmp_path / "pack", {"gates": "0"})
     before = files(tmp_path / "pack")
+    calls: list[int] = []
     with pytest.raises(OutputError, match="not empty"):
-        build(tmp_path / "pack", {"gates": "1"})
+        build(tmp_path / "pack", {"gates": "1"}, progress=lambda done, total: calls.append(done))
+    assert not calls  # nobody waits for a build that cannot be kept
     assert files(tmp_path / "pack") == before
     build(tmp_path / "pack", {"gates": "1"}, overwrite=True)
     assert list(files(tmp_path / "pack")) == ["entries.safetensors", "gate-01.safetensors"]
