@@ -28,6 +28,7 @@ from .tokenizer import Tokenizer
 
 LayoutName = Literal["split", "fused"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
+SMALL_SEGMENT = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Model:
         self.generation_config = _generation_config(bundle)
         self.memory: MemoryPack | None = None
         self._backend: Backend = gate
-        self._threads = threads
+        self._threads = threads if threads is not None else _sensible_threads(bundle)
         self._engines: dict[str, OrtEngine] = {}
         manifest = bundle.manifest
         files = [_fused(bundle).file] if layout == "fused" else [s.file for s in manifest.segments]
@@ -94,7 +95,8 @@ class Model:
             gate: Backend of the gates in the split layout; `auto` takes the graphs of the bundle,
                 and faiss for memories too large to scan at every token.
             variant, neighbors, similarity, scale: Replace the memory's own settings.
-            threads: Of one operator; None takes the physical cores.
+            threads: Of one operator; None takes the physical cores, or one thread for a model so
+                small that sharing the work costs more than it saves.
 
         Raises:
             BundleError, MemoryPackError: If a directory is damaged, unsafe, or of another model.
@@ -246,6 +248,16 @@ class Model:
                 for m in memories
             ),
         )
+
+
+def _sensible_threads(bundle: Bundle) -> int | None:
+    """One for segments below `SMALL_SEGMENT` bytes of weights, else what ONNX Runtime takes.
+
+    An operator of some microseconds gains nothing from a second thread, and waits a whole time
+    slice for it when another program holds the core.
+    """
+    sizes = (spec.size for name, spec in bundle.manifest.files.items() if "segments/" in name)
+    return 1 if max(sizes) < SMALL_SEGMENT else None
 
 
 def _generation_config(bundle: Bundle) -> GenerationConfig:

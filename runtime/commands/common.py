@@ -66,7 +66,9 @@ def model_options(command: Command) -> Command:
             "--scale", type=float, help="Scale of the confidence λ, instead of the pack's own."
         ),
         click.option(
-            "--threads", type=int, help="Threads of an operator.  [default: physical cores]"
+            "--threads",
+            type=int,
+            help="Threads of an operator.  [default: physical cores, 1 if tiny]",
         ),
     )
     for option in reversed(options):
