@@ -111,7 +111,7 @@ def test_keys_stand_beside_the_tokens_they_were_read_at(
     teacher, tokenizer = Teacher.load(tiny_checkpoint), Tokenizer.load(tiny_checkpoint)
     text = json.loads(reference.read_text().splitlines()[0])["text"]
     ids = np.array(tokenizer.encode(text))
-    learned = learn(teacher, [ids[32:64]], [1], steps=0, learning_rate=1).gates[1]
+    learned = learn(teacher, [ids[32:64]], {1: 1.0}, steps=0).gates[1]
     origins = built.pack.read_origins()
     assert origins is not None
     mine = (origins.documents == 0) & (origins.positions >= 32) & (origins.positions < 63)
@@ -204,6 +204,22 @@ def test_a_pack_covers_the_gates_asked_for(build: Build, tmp_path: Path) -> None
     pack = build(tmp_path / "p", {"gates": "last:1"}).pack
     assert [gate.gate for gate in pack.gates] == [2]
     assert pack.model.num_gates == 3
+
+
+def test_a_relative_rate_moves_every_gate_by_that_share_of_its_logits(
+    build: Build, tmp_path: Path
+) -> None:
+    one = {"steps": 1, "learning_rate": 0.05, "rate": "relative", "precision": "fp32"}
+    pack = build(tmp_path / "relative", settings=one).pack
+    for gate in pack.gates:
+        entries = pack.read(gate)
+        moved = np.sqrt(
+            np.square(entries.residuals).mean() / np.square(entries.router_logits).mean()
+        )
+        assert moved == pytest.approx(0.05, rel=1e-3)
+    absolute = build(tmp_path / "absolute", settings={**one, "rate": "absolute"})
+    assert set(absolute.pack.provenance["rates"].values()) == {0.05}
+    assert len(set(pack.provenance["rates"].values())) == len(pack.gates)
 
 
 def test_fp32_keeps_what_fp16_rounds(build: Build, built: BuildReport, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from knnmoe.runtime.errors import CheckpointError, SettingError
 from tiny import make_tiny_olmoe
 
 RNG = np.random.default_rng(0)
+ONE = dict.fromkeys(range(3), 1.0)  # the learning rate of every gate
 SEQUENCES = [RNG.integers(0, 256, size) for size in (9, 5, 2)]
 
 
@@ -34,11 +35,11 @@ def nll(teacher: Teacher, tokens: np.ndarray, deltas: dict[int, Tensor] | None =
 
 
 def test_every_predicted_token_gets_one_row_in_order(teacher: Teacher) -> None:
-    learned = learn(teacher, SEQUENCES, range(3), steps=0, learning_rate=1)
+    learned = learn(teacher, SEQUENCES, ONE, steps=0)
     assert {gate: len(rows.residuals) for gate, rows in learned.gates.items()} == dict.fromkeys(
         range(3), 8 + 4 + 1
     )
-    alone = [learn(teacher, [s], range(3), steps=0, learning_rate=1) for s in SEQUENCES]
+    alone = [learn(teacher, [s], ONE, steps=0) for s in SEQUENCES]
     for gate in range(3):
         for name in ("router_inputs", "router_logits"):
             apart = np.concatenate([getattr(part.gates[gate], name) for part in alone])
@@ -46,7 +47,7 @@ def test_every_predicted_token_gets_one_row_in_order(teacher: Teacher) -> None:
 
 
 def test_no_steps_record_the_frozen_router(teacher: Teacher) -> None:
-    learned = learn(teacher, SEQUENCES, range(3), steps=0, learning_rate=1)
+    learned = learn(teacher, SEQUENCES, ONE, steps=0)
     assert all(not rows.residuals.any() for rows in learned.gates.values())
     assert learned.nll_after == learned.nll_before
     assert learned.nll_before == pytest.approx(sum(nll(teacher, s) for s in SEQUENCES), rel=1e-5)
@@ -58,7 +59,7 @@ def test_one_step_follows_the_gradient_of_finite_differences(tmp_path: Path) -> 
     teacher.model.double()
     # The family's own code takes its softmax in float32: smaller steps would drown.
     tokens, step = SEQUENCES[0], 3e-3
-    learned = learn(teacher, [tokens], range(3), steps=1, learning_rate=1)
+    learned = learn(teacher, [tokens], ONE, steps=1)
     slopes = []
     for gate, row, expert in [(0, 2, 1), (0, 7, 5), (1, 4, 0), (2, 0, 3), (2, 6, 7)]:
         sides = []
@@ -73,11 +74,11 @@ def test_one_step_follows_the_gradient_of_finite_differences(tmp_path: Path) -> 
 
 
 def test_steps_lower_the_loss_and_the_figures_say_so(teacher: Teacher) -> None:
-    one = learn(teacher, SEQUENCES, range(3), steps=1, learning_rate=1)
-    three = learn(teacher, SEQUENCES, range(3), steps=3, learning_rate=1)
+    one = learn(teacher, SEQUENCES, ONE, steps=1)
+    three = learn(teacher, SEQUENCES, ONE, steps=3)
     assert three.nll_after < one.nll_after < one.nll_before - 0.01
     tokens = SEQUENCES[0]
-    alone = learn(teacher, [tokens], range(3), steps=3, learning_rate=1)
+    alone = learn(teacher, [tokens], ONE, steps=3)
     last = torch.zeros(1, 8)  # the last token has no entry
     deltas = {
         gate: torch.cat([torch.from_numpy(rows.residuals), last])
@@ -87,8 +88,8 @@ def test_steps_lower_the_loss_and_the_figures_say_so(teacher: Teacher) -> None:
 
 
 def test_a_tokens_residual_does_not_depend_on_its_batch(teacher: Teacher) -> None:
-    together = learn(teacher, SEQUENCES, range(3), steps=2, learning_rate=1)
-    alone = learn(teacher, SEQUENCES[1:2], range(3), steps=2, learning_rate=1)
+    together = learn(teacher, SEQUENCES, ONE, steps=2)
+    alone = learn(teacher, SEQUENCES[1:2], ONE, steps=2)
     for gate in range(3):
         np.testing.assert_allclose(
             together.gates[gate].residuals[8:12], alone.gates[gate].residuals, atol=2e-5
@@ -96,14 +97,14 @@ def test_a_tokens_residual_does_not_depend_on_its_batch(teacher: Teacher) -> Non
 
 
 def test_only_the_gates_asked_for_are_learned(teacher: Teacher) -> None:
-    learned = learn(teacher, SEQUENCES, [2], steps=2, learning_rate=1)
+    learned = learn(teacher, SEQUENCES, {2: 1.0}, steps=2)
     assert list(learned.gates) == [2]
     assert learned.nll_after < learned.nll_before
 
 
 def test_divergence_is_an_error_and_not_a_memory(teacher: Teacher) -> None:
     with pytest.raises(SettingError, match=r"learning rate: .*NaN.*smaller"):
-        learn(teacher, SEQUENCES, range(3), steps=3, learning_rate=1e39)
+        learn(teacher, SEQUENCES, dict.fromkeys(range(3), 1e39), steps=3)
 
 
 def test_a_model_that_gives_nan_is_refused(tiny_checkpoint: Path) -> None:
@@ -111,4 +112,4 @@ def test_a_model_that_gives_nan_is_refused(tiny_checkpoint: Path) -> None:
     with torch.no_grad():
         teacher.model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="NaN"):
-        learn(teacher, SEQUENCES, range(3), steps=1, learning_rate=1)
+        learn(teacher, SEQUENCES, ONE, steps=1)
