@@ -32,7 +32,7 @@ from .confidence import (
 from .evidence import measure_evidence
 from .texts import TokenText, read_text
 
-DEFAULT_MAX_TOKENS = 8000
+DEFAULT_MAX_TOKENS = 6000
 
 # (tokens done, in all)
 Progress = Callable[[int, int], None]
@@ -195,9 +195,8 @@ class _Bench:
         self.ways = ways
         self._progress = progress
         self._done = 0
-        grid = len(ways.variants) * len(ways.neighbors) * len(ways.scales) + len(ways.scales[:2])
         # One pass traces, one scores the frozen router, one each candidate.
-        self._total = (grid + 2) * sum(text.targets for text in texts.values())
+        self._total = (ways.count + 2) * sum(text.targets for text in texts.values())
 
     def separations(self) -> dict[int, dict[int, Separation]]:
         """By K and gate."""

@@ -50,7 +50,7 @@ def memory() -> None:
     help="Background entries for each entry of reference text, at most.",
 )
 @click.option("--steps", default=3, show_default=True, help="Gradient steps.")
-@click.option("--learning-rate", default=0.1, show_default=True, help="Their size.")
+@click.option("--learning-rate", default=0.2, show_default=True, help="Their size.")
 @click.option(
     "--rate",
     type=click.Choice(["relative", "absolute"]),
@@ -101,7 +101,7 @@ def memory() -> None:
     help="Weights of the neighbours.",
 )
 @click.option("--temperature", default=0.05, show_default=True, help="Of the softmax.")
-@click.option("--scale", default=0.7, show_default=True, help="λ is scale · evidence ^ power.")
+@click.option("--scale", default=0.4, show_default=True, help="λ is scale · evidence ^ power.")
 @click.option("--power", default=2.0, show_default=True, help="λ is scale · evidence ^ power.")
 @click.option("--overwrite", is_flag=True, help="Replace a pack that is there.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted build of this pack.")
@@ -199,7 +199,7 @@ def inspect(pack: Path, as_json: bool) -> None:
 )
 @click.option(
     "--max-tokens",
-    default=8000,
+    default=6000,
     show_default=True,
     help="Tokens of each text to measure on, drawn from all over it.",
 )

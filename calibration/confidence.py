@@ -19,13 +19,14 @@ from knnmoe.runtime.statistics import paired_bootstrap
 from .evidence import Evidence
 
 CAP = 12.0
+TOKEN_SHARPNESS = 3.0  # a single token has no number of tokens to grow with
 FOLDS = 4
 MIN_SEQUENCES = 2 * FOLDS
 
 
 @dataclass(frozen=True)
 class Separation:
-    """What one gate's evidence says about where a sequence comes from.
+    """What one gate's evidence says about where text comes from.
 
     Attributes:
         domain: Mean over the domain's sequences of their mean evidence.
@@ -83,13 +84,21 @@ class Ways:
 
     variants: Sequence[Variant] = ("residual", "logits")
     neighbors: Sequence[int] = (8, 32)
-    scales: Sequence[float] = (0.35, 0.7, 1.0)
+    scales: Sequence[float] = (0.5, 1.0)
+
+    @property
+    def count(self) -> int:
+        """How many candidates it has."""
+        return len(self.variants) * len(self.neighbors) * len(self.scales) + 1 + len(self.scales)
 
 
 def candidates(
     pack: MemoryPack, by_neighbors: Mapping[int, Mapping[int, Separation]], ways: Ways
 ) -> Iterator[Candidate]:
-    """The grid: every variant, K and scale with the causal sequence gate, and two without a gate.
+    """The grid: every variant, K and scale with the causal sequence gate.
+
+    Then, of the first variant with the first K, the largest scale with a gate that looks at each
+    token alone, and every scale without a gate, where the square of the evidence has to do.
 
     Args:
         pack: For its gates and their weighting and γ, which stay.
@@ -97,31 +106,32 @@ def candidates(
         ways: The grid.
     """
 
-    def numbers(variant: Variant, **changes: Any) -> dict[int, Calibration]:
+    def numbers(variant: Variant, neighbors: int, **changes: Any) -> dict[int, Calibration]:
+        sharpness = changes.pop("sharpness", 0.0)
+        found = by_neighbors[neighbors]
         return {
-            gate.gate: replace(gate.calibration.with_variant(variant), mean=1.0, **changes)
+            gate.gate: replace(
+                gate.calibration.with_variant(variant),
+                mean=1.0,
+                cap=CAP,
+                midpoint=found[gate.gate].midpoint,
+                sharpness=sharpness * found[gate.gate].sharpness,
+                **changes,
+            )
             for gate in pack.gates
         }
 
     for variant in ways.variants:
-        for neighbors in ways.neighbors:
+        for k in ways.neighbors:
             for scale in ways.scales:
-                gated = {
-                    gate: replace(
-                        base,
-                        midpoint=by_neighbors[neighbors][gate].midpoint,
-                        sharpness=by_neighbors[neighbors][gate].sharpness,
-                    )
-                    for gate, base in numbers(
-                        variant, scale=scale, power=1.0, cap=CAP, sequence=1.0
-                    ).items()
-                }
-                name = f"{variant}, K {neighbors}, λ = {scale:g}·s̄·g"
-                yield Candidate(name, variant, neighbors, gated)
-    for scale in ways.scales[:2]:
-        plain = numbers("residual", scale=scale, power=2.0, sharpness=0.0, sequence=0.0)
-        first = ways.neighbors[0]
-        yield Candidate(f"residual, K {first}, λ = {scale:g}·s̄²", "residual", first, plain)
+                gated = numbers(variant, k, scale=scale, power=1.0, sequence=1.0, sharpness=1.0)
+                yield Candidate(f"{variant}, K {k}, {scale:g}·s̄·sequence gate", variant, k, gated)
+    variant, k, scale = ways.variants[0], ways.neighbors[0], max(ways.scales)
+    gated = numbers(variant, k, scale=scale, power=1.0, sequence=0.0, sharpness=TOKEN_SHARPNESS)
+    yield Candidate(f"{variant}, K {k}, {scale:g}·s̄·token gate", variant, k, gated)
+    for scale in ways.scales:
+        plain = numbers(variant, k, scale=scale, power=2.0, sequence=0.0)
+        yield Candidate(f"{variant}, K {k}, {scale:g}·s̄²", variant, k, plain)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class BuildSettings:
     """
 
     steps: int = 3
-    learning_rate: float = 0.1
+    learning_rate: float = 0.2
     rate: Rate = "relative"
     gates: str = "all"
     max_length: int = 256
@@ -82,7 +82,7 @@ class UseSettings:
     confidence: Confidence = "mean"
     weighting: Weighting = "softmax"
     temperature: float = 0.05
-    scale: float = 0.7
+    scale: float = 0.4
     power: float = 2.0
 
     def __post_init__(self) -> None:

@@ -71,8 +71,12 @@ def main(texts: Path, out: Path, domains: tuple[str, ...]) -> None:
         console.print(f"   [dim]{PROMPTS[domain]}[/][cyan]{written['text']}[/]")
 
     console.print()
+    console.print("Change of the negative log-likelihood, nats a token (95 % interval):")
     console.print(gains(results))
-    console.print(costs(profile, domains[0]))
+    console.print(f"A decode step with the memory of '{domains[0]}', median milliseconds:")
+    console.print(costs(profile))
+    share = profile["gate_share"]
+    console.print(f"Retrieval takes {share:.0%} of it: the model is tiny and its memory is not.")
     minutes = (time.monotonic() - started) / 60
     error = exported["max_abs_error"]
     console.print(f"Largest logit error against torch: {error:.1e}. All in {minutes:.1f} min.\n")
@@ -118,7 +122,7 @@ def evaluate(bundle: Path, pack: Path, text: Path) -> dict[str, Any]:
 
 
 def gains(results: dict[str, tuple[dict[str, Any], ...]]) -> Table:
-    table = Table(title="Change of the negative log-likelihood, nats a token (95 % interval)")
+    table = Table()
     for name in ("memory of", "entries a gate", "measured on", "frozen", "with memory", "change"):
         table.add_column(name, justify="left" if name in ("memory of", "measured on") else "right")
     for domain, (built, inside, outside) in results.items():
@@ -130,15 +134,14 @@ def gains(results: dict[str, tuple[dict[str, Any], ...]]) -> Table:
     return table
 
 
-def costs(profile: dict[str, Any], domain: str) -> Table:
-    table = Table(title=f"A decode step with the memory of '{domain}' (median)")
+def costs(profile: dict[str, Any]) -> Table:
+    table = Table()
     table.add_column("part")
     table.add_column("ms", justify="right")
     for part, milliseconds in profile["parts"].items():
         table.add_row(part, f"{milliseconds:.3f}")
     table.add_section()
     table.add_row("whole step", f"{profile['decode_ms_p50']:.3f}", style="bold")
-    table.caption = f"Retrieval takes {profile['gate_share']:.0%} of a step of this tiny model."
     return table
 
 
