@@ -253,7 +253,7 @@ def _rates(
     One rate does not suit all gates, nor two models: early gates have larger gradients, because all
     that follows depends on them, and logits of any size. A relative rate asks a sample of the text.
     """
-    if settings.rate == "absolute":
+    if settings.rate == "absolute" or settings.steps == 0:
         return dict.fromkeys(gates, settings.learning_rate)
     logits, gradients = dict.fromkeys(gates, 0.0), dict.fromkeys(gates, 0.0)
     for batch in _plan(reference.limited(_PILOT_TOKENS), settings, background=False):

@@ -18,13 +18,14 @@ from knnmoe.runtime.memory import MemoryPack, rewrite_settings
 from knnmoe.runtime.model import Model
 
 from .confidence import (
+    GRID,
     MIN_SEQUENCES,
     Candidate,
     Interval,
     Measured,
     Separation,
-    Ways,
-    candidates,
+    Way,
+    candidate,
     choose,
     cross_fitted,
     separations,
@@ -92,7 +93,7 @@ def calibrate(
     max_general_loss: float = 0.002,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     max_length: int = 256,
-    ways: Ways | None = None,
+    ways: Sequence[Way] = GRID,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
@@ -111,7 +112,7 @@ def calibrate(
         max_general_loss: In nats a token.
         max_tokens: Predicted tokens of each text at most, drawn from all over it.
         max_length: Tokens of a sequence.
-        ways: The grid; None for the default.
+        ways: The grid.
         threads: Of the runtime.
         progress: Called as text is scored.
 
@@ -146,14 +147,13 @@ def calibrate(
                 found=f"{len(text.sequences)} of at most {max_length} tokens",
                 fix="Give more text, or a larger --max-tokens.",
             )
-    ways = ways or Ways()
     bench = _Bench(model, opened, texts, ways, progress)
     by_neighbors = bench.separations()
-    grid = list(candidates(opened, by_neighbors, ways))
+    grid = [candidate(opened, way, by_neighbors) for way in ways]
     measured = bench.measure(grid)
     tried = [
-        Tried(candidate, measured["domain"].interval(i), measured["general"].interval(i))
-        for i, candidate in enumerate(grid)
+        Tried(one, measured["domain"].interval(i), measured["general"].interval(i))
+        for i, one in enumerate(grid)
     ]
     index = choose(measured["domain"], measured["general"], max_general_loss)
     proven, spared = cross_fitted(measured["domain"], measured["general"], max_general_loss)
@@ -186,17 +186,17 @@ class _Bench:
         model: Model,
         pack: MemoryPack,
         texts: Mapping[str, TokenText],
-        ways: Ways,
+        ways: Sequence[Way],
         progress: Progress | None,
     ) -> None:
         self.model = model
         self.pack = pack
         self.texts = texts
-        self.ways = ways
+        self.neighbors = sorted({way.neighbors for way in ways})
         self._progress = progress
         self._done = 0
         # One pass traces, one scores the frozen router, one each candidate.
-        self._total = (ways.count + 2) * sum(text.targets for text in texts.values())
+        self._total = (len(ways) + 2) * sum(text.targets for text in texts.values())
 
     def separations(self) -> dict[int, dict[int, Separation]]:
         """By K and gate."""
@@ -205,14 +205,14 @@ class _Bench:
                 self.model,
                 self.pack,
                 [sequence.tokens for sequence in text.sequences],
-                max(self.ways.neighbors),
+                self.neighbors[-1],
                 lambda tokens: self._advance(tokens - 1),
             )
             for name, text in self.texts.items()
         }
         return {
             neighbors: separations(self.pack, evidence["domain"], evidence["general"], neighbors)
-            for neighbors in self.ways.neighbors
+            for neighbors in self.neighbors
         }
 
     def measure(self, grid: Sequence[Candidate]) -> dict[str, Measured]:
@@ -220,8 +220,8 @@ class _Bench:
         self.model.disable_memory()
         frozen = {name: self._nll(text) for name, text in self.texts.items()}
         deltas: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.texts}
-        for candidate in grid:
-            self.model.swap_memory(candidate.applied(self.pack))
+        for one in grid:
+            self.model.swap_memory(one.applied(self.pack))
             for name, text in self.texts.items():
                 deltas[name].append(self._nll(text) - frozen[name])
         return {

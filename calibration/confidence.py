@@ -5,15 +5,15 @@ Everything here is arithmetic on numbers measured elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.calibration import Calibration, Variant
-from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.memory import MemoryPack, PackGate
 from knnmoe.runtime.statistics import paired_bootstrap
 
 from .evidence import Evidence
@@ -79,59 +79,60 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Ways:
-    """What the grid is made of."""
+class Way:
+    """One row of the grid: λ = scale · s̄ · gate, or scale · s̄² without a gate."""
 
-    variants: Sequence[Variant] = ("residual", "logits")
-    neighbors: Sequence[int] = (8, 32)
-    scales: Sequence[float] = (0.5, 1.0)
+    variant: Variant
+    neighbors: int
+    scale: float
+    gate: Literal["sequence", "token", "none"]
 
     @property
-    def count(self) -> int:
-        """How many candidates it has."""
-        return len(self.variants) * len(self.neighbors) * len(self.scales) + 1 + len(self.scales)
+    def name(self) -> str:
+        """As people read it."""
+        measure = "s̄²" if self.gate == "none" else f"s̄·{self.gate} gate"
+        return f"{self.variant}, K {self.neighbors}, {self.scale:g}·{measure}"
 
 
-def candidates(
-    pack: MemoryPack, by_neighbors: Mapping[int, Mapping[int, Separation]], ways: Ways
-) -> Iterator[Candidate]:
-    """The grid: every variant, K and scale with the causal sequence gate.
+GRID = (
+    Way("residual", 8, 0.5, "sequence"),
+    Way("residual", 8, 1.0, "sequence"),
+    Way("residual", 32, 1.0, "sequence"),
+    Way("logits", 8, 0.5, "sequence"),
+    Way("logits", 8, 1.0, "sequence"),
+    Way("logits", 32, 1.0, "sequence"),
+    Way("residual", 8, 1.0, "token"),
+    Way("residual", 8, 0.5, "none"),
+)
 
-    Then, of the first variant with the first K, the largest scale with a gate that looks at each
-    token alone, and every scale without a gate, where the square of the evidence has to do.
+
+def candidate(
+    pack: MemoryPack, way: Way, by_neighbors: Mapping[int, Mapping[int, Separation]]
+) -> Candidate:
+    """A way of the grid with this memory's numbers.
 
     Args:
         pack: For its gates and their weighting and γ, which stay.
+        way: The way.
         by_neighbors: Separations by K and gate.
-        ways: The grid.
     """
 
-    def numbers(variant: Variant, neighbors: int, **changes: Any) -> dict[int, Calibration]:
-        sharpness = changes.pop("sharpness", 0.0)
-        found = by_neighbors[neighbors]
-        return {
-            gate.gate: replace(
-                gate.calibration.with_variant(variant),
-                mean=1.0,
-                cap=CAP,
-                midpoint=found[gate.gate].midpoint,
-                sharpness=sharpness * found[gate.gate].sharpness,
-                **changes,
-            )
-            for gate in pack.gates
-        }
+    def numbers(gate: PackGate) -> Calibration:
+        found = by_neighbors[way.neighbors][gate.gate]
+        growth = {"sequence": 1.0, "token": TOKEN_SHARPNESS, "none": 0.0}[way.gate]
+        return replace(
+            gate.calibration.with_variant(way.variant),
+            mean=1.0,
+            scale=way.scale,
+            power=2.0 if way.gate == "none" else 1.0,
+            midpoint=found.midpoint,
+            sharpness=growth * found.sharpness,
+            cap=CAP,
+            sequence=float(way.gate == "sequence"),
+        )
 
-    for variant in ways.variants:
-        for k in ways.neighbors:
-            for scale in ways.scales:
-                gated = numbers(variant, k, scale=scale, power=1.0, sequence=1.0, sharpness=1.0)
-                yield Candidate(f"{variant}, K {k}, {scale:g}·s̄·sequence gate", variant, k, gated)
-    variant, k, scale = ways.variants[0], ways.neighbors[0], max(ways.scales)
-    gated = numbers(variant, k, scale=scale, power=1.0, sequence=0.0, sharpness=TOKEN_SHARPNESS)
-    yield Candidate(f"{variant}, K {k}, {scale:g}·s̄·token gate", variant, k, gated)
-    for scale in ways.scales:
-        plain = numbers(variant, k, scale=scale, power=2.0, sequence=0.0)
-        yield Candidate(f"{variant}, K {k}, {scale:g}·s̄²", variant, k, plain)
+    calibration = {gate.gate: numbers(gate) for gate in pack.gates}
+    return Candidate(way.name, way.variant, way.neighbors, calibration)
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,12 @@ def choose(domain: Measured, general: Measured, max_general_loss: float) -> int 
     Of general text the upper end of the interval counts. None if no candidate stays within.
     """
     allowed = [
-        candidate
-        for candidate in range(len(domain.deltas))
-        if general.interval(candidate).high <= max_general_loss
+        index
+        for index in range(len(domain.deltas))
+        if general.interval(index).high <= max_general_loss
     ]
     gains = domain.deltas @ domain.tokens / domain.tokens.sum()
-    return min(allowed, key=lambda candidate: float(gains[candidate]), default=None)
+    return min(allowed, key=lambda index: float(gains[index]), default=None)
 
 
 def cross_fitted(

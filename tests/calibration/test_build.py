@@ -30,7 +30,7 @@ from knnmoe.runtime.tokenizer import Tokenizer
 from tiny import make_tiny_olmoe, write_tiny_tokenizer
 
 Build = Callable[..., BuildReport]
-SMALL: dict[str, Any] = {"max_length": 32, "batch_tokens": 96, "learning_rate": 1.0}
+SMALL: dict[str, Any] = {"max_length": 32, "batch_tokens": 96, "learning_rate": 0.2}
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_the_reference_becomes_more_likely_and_the_pack_says_by_how_much(
     assert said["reference"]["tokens"] == built.tokens
     assert len(said["reference"]["sha256"]) == 64
     assert said["background"]["tokens"] == built.background_tokens
-    assert (said["steps"], said["learning_rate"]) == (3, 1.0)
+    assert (said["steps"], said["learning_rate"]) == (3, 0.2)
     assert set(said["versions"]) == {"knnmoe", "torch", "transformers"}
     assert "T" in said["date"]
 
@@ -161,7 +161,7 @@ def test_the_defaults_are_the_safe_ones(built: BuildReport) -> None:
     pack = built.pack
     assert (pack.variant, pack.neighbors, pack.similarity) == ("residual", 8, "cosine")
     numbers = pack.gates[0].calibration
-    assert (numbers.interpolate, numbers.scale, numbers.power) == (0, 0.7, 2)
+    assert (numbers.interpolate, numbers.scale, numbers.power) == (0, 0.4, 2)
     assert (numbers.weight_power, numbers.inverse_temperature) == (0, pytest.approx(20))
 
 
@@ -198,6 +198,35 @@ def test_gates_are_chosen_by_words_or_numbers(text: str, expected: tuple[int, ..
 def test_gates_that_are_not_there_are_refused(text: str) -> None:
     with pytest.raises(SettingError, match="gates"):
         parse_gates(text, 3)
+
+
+def test_a_first_relative_step_moves_each_gate_by_its_share(build: Build, tmp_path: Path) -> None:
+    # All of this text is less than the sample that the rates are measured on.
+    pack = build(tmp_path / "p", {"steps": 1, "learning_rate": 0.25, "precision": "fp32"}).pack
+    for found in entries(pack).values():
+        sizes = [np.sqrt(np.mean(rows**2)) for rows in (found.residuals, found.router_logits)]
+        assert sizes[0] / sizes[1] == pytest.approx(0.25, rel=1e-4)
+    rates = pack.provenance["rates"]
+    assert list(rates) == ["0", "1", "2"]
+    assert len(set(rates.values())) == 3
+
+
+def test_an_absolute_rate_is_the_same_for_all_gates(
+    build: Build, tiny_checkpoint: Path, reference: Path, tmp_path: Path
+) -> None:
+    settings = {"steps": 1, "learning_rate": 0.7, "rate": "absolute", "precision": "fp32"}
+    pack = build(tmp_path / "p", settings).pack
+    assert pack.provenance["rates"] == {"0": 0.7, "1": 0.7, "2": 0.7}
+    teacher, tokenizer = Teacher.load(tiny_checkpoint), Tokenizer.load(tiny_checkpoint)
+    text = json.loads(reference.read_text().splitlines()[1])["text"]
+    ids = np.array(tokenizer.encode(text))[:32]
+    learned = learn(teacher, [ids], dict.fromkeys(range(3), 0.7), steps=1)
+    origins = pack.read_origins()
+    assert origins is not None
+    mine = (origins.documents == 1) & (origins.positions < 31)
+    for gate, found in entries(pack).items():
+        expected = learned.gates[gate].residuals
+        np.testing.assert_allclose(found.residuals[mine], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_pack_covers_the_gates_asked_for(build: Build, tmp_path: Path) -> None:
@@ -282,7 +311,7 @@ def kill(done, total):
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint, reference, background, pack = sys.argv[1:]
-settings = BuildSettings(max_length=32, batch_tokens=96, learning_rate=1.0)
+settings = BuildSettings(max_length=32, batch_tokens=96, learning_rate=0.2)
 build_memory(
     checkpoint, [reference], pack, settings=settings, background=[background], progress=kill
 )
@@ -377,7 +406,11 @@ def test_a_file_in_the_way_of_the_work_directory_is_not_touched(
         ({"references": [Path("nowhere.txt")]}, InputError, "cannot be read"),
         ({"references": [Path("notes.pdf")]}, InputError, "unknown kind"),
         ({"settings": {"gates": "7"}}, SettingError, "gates"),
-        ({"settings": {"learning_rate": 1e6}}, SettingError, "smaller --learning-rate"),
+        (
+            {"settings": {"learning_rate": 1e6, "rate": "absolute"}},
+            SettingError,
+            "smaller --learning-rate",
+        ),
         ({"background": [Path("nowhere.txt")]}, InputError, "cannot be read"),
     ],
 )
@@ -438,6 +471,7 @@ def test_a_pack_that_is_there_is_replaced_only_when_asked(
         ("batch_tokens", 0),
         ("background_ratio", -0.5),
         ("precision", "int8"),
+        ("rate", "adaptive"),
     ],
 )
 def test_settings_out_of_range_are_refused(field: str, value: Any) -> None:

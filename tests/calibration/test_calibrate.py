@@ -10,7 +10,7 @@ import pytest
 
 from knnmoe.calibration.build import build_memory
 from knnmoe.calibration.calibrate import calibrate
-from knnmoe.calibration.confidence import Ways
+from knnmoe.calibration.confidence import Way
 from knnmoe.calibration.settings import BuildSettings
 from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
 from knnmoe.runtime.evaluation import score_sequences
@@ -20,7 +20,12 @@ from tiny import make_tiny_olmoe
 
 STORY = ["the spring ", "was late ", "that year ", "a heron ", "waited ", "by the river "]
 CODE = ["RETURN 1; ", "IF x>0 ", "RAISE ", "CALL f(y) ", "[0,1] ", "{} "]
-SMALL = Ways(neighbors=(4,), scales=(0.5, 1.0))
+SMALL = (
+    Way("residual", 4, 0.5, "sequence"),
+    Way("residual", 4, 1.0, "sequence"),
+    Way("logits", 4, 1.0, "sequence"),
+    Way("residual", 2, 0.5, "none"),
+)
 Texts = dict[str, Path]
 
 
@@ -51,7 +56,7 @@ def learned(
         tiny_checkpoint,
         [texts["reference"]],
         tmp_path_factory.mktemp("learned") / "pack",
-        settings=BuildSettings(learning_rate=1.0),
+        settings=BuildSettings(),
     ).pack
 
 
@@ -95,7 +100,7 @@ def test_a_memory_that_pays_is_calibrated_and_pays_on_other_text(
     report = run(tiny_bundle, path, texts)
     assert report.domain.high < -0.05
     assert report.chosen.general.high <= 0.005
-    assert len(report.tried) == 2 * 1 * 2 + 2
+    assert [one.candidate.name for one in report.tried] == [way.name for way in SMALL]
 
     pack = MemoryPack.open(path)
     assert {name: data for name, data in content(path).items() if name != "memory.json"} == tensors

@@ -12,8 +12,7 @@ from click.testing import CliRunner, Result
 
 from knnmoe.calibration import calibrate as calibrate_module
 from knnmoe.calibration.cli import memory
-from knnmoe.calibration.confidence import Ways
-from knnmoe.calibration.settings import PRECISIONS, BuildSettings, UseSettings
+from knnmoe.calibration.settings import PRECISIONS, RATES, BuildSettings, UseSettings
 from knnmoe.runtime.calibration import SIMILARITIES, VARIANTS
 from knnmoe.runtime.memory import MemoryPack
 
@@ -28,7 +27,7 @@ def call() -> Call:
     return run
 
 
-SMALL = ("--max-length", 32, "--learning-rate", 1)
+SMALL = ("--max-length", 32)
 
 
 def test_build_prints_one_json_object(
@@ -148,11 +147,7 @@ def test_calibrate_prints_one_json_object(
     tiny_checkpoint: Path,
     tiny_bundle: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        calibrate_module, "Ways", lambda: Ways(("residual",), neighbors=(4,), scales=(1.0,))
-    )
     story = ["the spring was late ", "that year a heron ", "waited by the river "]
     for name, words in (("reference", story), ("domain", story), ("general", ["x = 1; ", "{} "])):
         lines = [" ".join(words[(i * j) % len(words)] for j in range(5)) for i in range(1, 10)]
@@ -181,6 +176,7 @@ def test_options_and_settings_agree() -> None:
     options = {option.name: option for option in build.params}
     assert set(options["variant"].type.choices) == set(VARIANTS)  # type: ignore[attr-defined]
     assert set(options["similarity"].type.choices) == set(SIMILARITIES)  # type: ignore[attr-defined]
+    assert set(options["rate"].type.choices) == set(RATES)  # type: ignore[attr-defined]
     assert set(options["precision"].type.choices) == set(PRECISIONS)  # type: ignore[attr-defined]
     arguments = ["bundle", "pack", "--domain", "d", "--general", "g"]
     assert (

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from knnmoe.calibration.confidence import (
     FOLDS,
+    GRID,
     Measured,
     Separation,
-    Ways,
-    candidates,
+    Way,
+    candidate,
     choose,
     cross_fitted,
     separations,
@@ -56,23 +59,36 @@ def test_evidence_is_a_mean_over_tokens_then_over_sequences(pack: MemoryPack) ->
     assert (found[0].domain, found[0].general) == (pytest.approx(0.55), pytest.approx(0.3))
 
 
-def test_the_grid_keeps_what_it_does_not_vary(pack: MemoryPack) -> None:
-    by_neighbors = {k: {0: Separation(0.9, 0.5), 2: Separation(0.4, 0.6)} for k in (4, 16)}
-    ways = Ways(variants=("residual", "logits"), neighbors=(4, 16), scales=(0.5, 1.0))
-    grid = list(candidates(pack, by_neighbors, ways))
-    assert len(grid) == 2 * 2 * 2 + 2
-    assert len({candidate.name for candidate in grid}) == len(grid)
-    for candidate in grid:
-        for stated in candidate.applied(pack).gates:
-            kept = stated.calibration
-            assert (kept.weight_power, kept.inverse_temperature, kept.gamma) == (0, 10, 0.25)
-            assert kept.interpolate == (candidate.variant == "logits")
-    gated, plain = grid[0], grid[-1]
-    assert gated.calibration[0].midpoint == pytest.approx(0.7)
-    assert (gated.calibration[0].sharpness, gated.calibration[0].sequence) == (pytest.approx(5), 1)
+SEPARATIONS = {4: {0: Separation(0.9, 0.5), 2: Separation(0.4, 0.6)}}
+
+
+@pytest.mark.parametrize("variant", ["residual", "logits"])
+@pytest.mark.parametrize("gate", ["sequence", "token", "none"])
+def test_a_way_keeps_what_it_does_not_vary(pack: MemoryPack, variant: Any, gate: Any) -> None:
+    found = candidate(pack, Way(variant, 4, 0.5, gate), SEPARATIONS).applied(pack)
+    assert (found.variant, found.neighbors, found.similarity) == (variant, 4, pack.similarity)
+    for stated in found.gates:
+        numbers = stated.calibration
+        assert (numbers.weight_power, numbers.inverse_temperature, numbers.gamma) == (0, 10, 0.25)
+        assert (numbers.interpolate, numbers.scale) == (variant == "logits", 0.5)
+
+
+def test_ways_differ_in_what_their_gate_looks_at(pack: MemoryPack) -> None:
+    def numbers(gate: Any) -> dict[int, Calibration]:
+        return dict(candidate(pack, Way("residual", 4, 1.0, gate), SEPARATIONS).calibration)
+
+    sequence, token, none = numbers("sequence"), numbers("token"), numbers("none")
+    assert (sequence[0].midpoint, sequence[0].sharpness) == (pytest.approx(0.7), pytest.approx(5))
+    assert (sequence[0].sequence, token[0].sequence) == (1, 0)
+    assert token[0].sharpness > sequence[0].sharpness
+    assert (none[0].sharpness, none[0].power, sequence[0].power) == (0, 2, 1)
     # Gate 2 does not tell the texts apart.
-    assert gated.calibration[2].sharpness == 0
-    assert (plain.calibration[0].sharpness, plain.calibration[0].power) == (0, 2)
+    assert sequence[2].sharpness == token[2].sharpness == 0
+
+
+def test_the_grid_names_its_ways() -> None:
+    assert len({way.name for way in GRID}) == len(GRID)
+    assert {way.variant for way in GRID} == {"residual", "logits"}
 
 
 @pytest.fixture
