@@ -50,7 +50,7 @@ def memory() -> None:
     help="Background entries for each entry of reference text, at most.",
 )
 @click.option("--steps", default=3, show_default=True, help="Gradient steps.")
-@click.option("--learning-rate", default=0.2, show_default=True, help="Their size.")
+@click.option("--learning-rate", default=0.1, show_default=True, help="Their size.")
 @click.option(
     "--rate",
     type=click.Choice(["relative", "absolute"]),

@@ -43,7 +43,7 @@ class BuildSettings:
     """
 
     steps: int = 3
-    learning_rate: float = 0.2
+    learning_rate: float = 0.1
     rate: Rate = "relative"
     gates: str = "all"
     max_length: int = 256
