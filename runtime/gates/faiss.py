@@ -2,13 +2,15 @@
 
 Up to `EXACT_ENTRIES` the index is flat and the result that of the NumPy reference, ties included.
 Above, an inverted file is scanned in part: an approximation, chosen by size and stated by
-`FaissGate.exact`.
+`FaissGate.exact`. A faiss built for GPUs can search the same index on one, whose answers
+come back to the host at every call, so it serves offline and as a second opinion of the kernels.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from .numpy import NumpyGate
 EXACT_ENTRIES = 131_072
 PROBED_SHARE = 16  # an inverted file scans one list in so many
 TIE_MARGIN = 16  # candidates beyond K, so that ties at the border are seen
+GPU_SCRATCH_BYTES = 256 << 20  # faiss takes 1.5 GB if not told
 
 
 def load_faiss() -> Any:
@@ -76,9 +79,29 @@ class FaissGate(NumpyGate):
         return neighbors, similarities, found
 
 
-def build_index(memory: GateMemory, *, exact_entries: int = EXACT_ENTRIES) -> Any:
-    """A faiss index over the valid keys of a memory; flat up to `exact_entries` entries."""
+@dataclass(frozen=True)
+class FaissGpuGate(FaissGate):
+    """`FaissGate` over an index on the GPU."""
+
+    backend = "faiss-gpu"
+
+
+def build_index(
+    memory: GateMemory, *, exact_entries: int = EXACT_ENTRIES, gpu: bool = False
+) -> Any:
+    """A faiss index over the valid keys of a memory; flat up to `exact_entries` entries.
+
+    Args:
+        memory: What is searched.
+        exact_entries: The most entries that are scanned whole at every call.
+        gpu: Search on the first GPU that faiss sees.
+
+    Raises:
+        BackendError: If faiss is missing, or the GPU asked for.
+    """
     faiss = load_faiss()
+    if gpu:
+        check_gpu(faiss)
     keys = np.ascontiguousarray(memory.keys[: memory.n_valid])
     metric = faiss.METRIC_INNER_PRODUCT if memory.similarity == "cosine" else faiss.METRIC_L2
     if len(keys) <= exact_entries:
@@ -92,7 +115,36 @@ def build_index(memory: GateMemory, *, exact_entries: int = EXACT_ENTRIES) -> An
         index.train(keys)
         index.nprobe = max(1, lists // PROBED_SHARE)
     index.add(keys)
-    return index
+    return faiss.index_cpu_to_gpu(_gpu_resources(faiss), 0, index) if gpu else index
+
+
+def check_gpu(faiss: Any) -> None:
+    """That this faiss can search on a GPU.
+
+    Raises:
+        BackendError: If it was built without GPU support, or there is no device.
+    """
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise BackendError(
+            "gate 'faiss-gpu'",
+            "this faiss was built without GPU support",
+            found=f"faiss {getattr(faiss, '__version__', 'of unknown version')}",
+            fix="Install a faiss built with CUDA in place of faiss-cpu, or take the gate 'faiss'.",
+        )
+    if faiss.get_num_gpus() < 1:
+        raise BackendError(
+            "gate 'faiss-gpu'",
+            "faiss sees no GPU",
+            fix="Check the driver with `knnmoe doctor`, or take the gate 'faiss'.",
+        )
+
+
+@cache
+def _gpu_resources(faiss: Any) -> Any:
+    """Streams and scratch memory, one for all indices of the process."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(GPU_SCRATCH_BYTES)
+    return resources
 
 
 def _widen(rows: NDArray[Any], width: int, filler: float) -> NDArray[Any]:

@@ -13,11 +13,11 @@ from ..engines.base import Engine
 from ..errors import BackendError
 from ..routing import RoutingRule
 from .base import Gate
-from .faiss import EXACT_ENTRIES, FaissGate, build_index
+from .faiss import EXACT_ENTRIES, FaissGate, FaissGpuGate, build_index, check_gpu, load_faiss
 from .numpy import NumpyGate
 from .onnx import OnnxGate, graph_name
 
-Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "faiss"]
+Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "faiss", "faiss-gpu"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 EngineOf = Callable[[str], Engine]
@@ -38,7 +38,7 @@ def make_gate(
         engine_of: Loads a gate graph of the bundle by name.
 
     Raises:
-        BackendError: If the backend is unknown, or faiss is asked for and not installed.
+        BackendError: If the backend is unknown, or what it needs is missing: faiss, a GPU.
     """
     if backend not in BACKENDS:
         raise BackendError("gate", "unknown backend", expected=BACKENDS, found=backend)
@@ -47,6 +47,11 @@ def make_gate(
         return OnnxGate.over(engine_of(graph_name(memory)), memory)
     if chosen == "faiss" and memory is not None:
         return FaissGate(rule, experts_per_token, memory, index=build_index(memory))
+    if chosen == "faiss-gpu":
+        if memory is not None:
+            index = build_index(memory, gpu=True)
+            return FaissGpuGate(rule, experts_per_token, memory, index=index)
+        check_gpu(load_faiss())  # a gate without a memory would hide that there is none
     dtype = np.float64 if chosen == "numpy-float64" else np.float32
     return NumpyGate(rule, experts_per_token, memory, dtype)
 
