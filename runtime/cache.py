@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import ModelShape
+from .engines.base import Array, Zeros
 from .errors import SettingError
 
 
@@ -19,24 +20,38 @@ class Cache:
 
     Attributes:
         capacity: Tokens a sequence can reach.
-        keys, values: By layer, [B, KV heads, capacity, head size] fp32, updated in place.
-        states: [G, B, 2] fp32, the evidence of each gate's sequence gate so far.
+        keys, values: By layer, [B, KV heads, capacity, head size] fp32 or fp16, updated in place;
+            on the device of the layout.
+        states: [G, B, 2] fp32, the evidence of each gate's sequence gate so far; there as well.
         states_out: The same after a step, before it is taken over.
-        lengths: [B] int64, tokens so far.
+        lengths: [B] int64 on the host, tokens so far.
         plans: Bound steps by shape, owned by the pipeline.
+        memory: Which memory the evidence is about, as `Layout.memory` says it.
     """
 
     capacity: int
-    keys: dict[int, NDArray[np.float32]]
-    values: dict[int, NDArray[np.float32]]
-    states: NDArray[np.float32]
-    states_out: NDArray[np.float32]
+    keys: dict[int, Array]
+    values: dict[int, Array]
+    states: Array
+    states_out: Array
     lengths: NDArray[np.int64]
     plans: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    memory: object = None
 
     @staticmethod
-    def allocate(architecture: ModelShape, batch: int, capacity: int) -> Cache:
+    def allocate(
+        architecture: ModelShape,
+        batch: int,
+        capacity: int,
+        *,
+        zeros: Zeros = np.zeros,
+        dtype: type[np.floating[Any]] = np.float32,
+    ) -> Cache:
         """An empty cache; its pages are touched only as tokens arrive.
+
+        Args:
+            zeros: Makes an array of zeros on the device that the cache is for.
+            dtype: Of keys and values.
 
         Raises:
             SettingError: If the batch is empty or the capacity is beyond the model's positions.
@@ -52,13 +67,12 @@ class Cache:
             )
         shape = (batch, architecture.num_kv_heads, capacity, architecture.head_size)
         layers = range(architecture.num_layers)
-        states = np.zeros((architecture.num_gates, batch, 2), np.float32)
         return Cache(
             capacity=capacity,
-            keys={layer: np.zeros(shape, np.float32) for layer in layers},
-            values={layer: np.zeros(shape, np.float32) for layer in layers},
-            states=states,
-            states_out=np.zeros_like(states),
+            keys={layer: zeros(shape, dtype) for layer in layers},
+            values={layer: zeros(shape, dtype) for layer in layers},
+            states=zeros((architecture.num_gates, batch, 2), np.float32),
+            states_out=zeros((architecture.num_gates, batch, 2), np.float32),
             lengths=np.zeros(batch, np.int64),
         )
 
@@ -70,7 +84,7 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Memory of the keys and values at full capacity."""
-        return sum(array.nbytes for array in (*self.keys.values(), *self.values.values()))
+        return sum(int(array.nbytes) for array in (*self.keys.values(), *self.values.values()))
 
     def reset(self) -> None:
         """Forget all tokens; the memory and the bound steps stay."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import cycle
+from time import perf_counter_ns
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +14,12 @@ from numpy.typing import NDArray
 from .blend import GateMemory
 from .bundle import ModelShape
 from .cache import Cache
-from .engines.base import Array, Engine, Run
+from .engines.base import Array, Engine, Run, Zeros
 from .gates.base import Gate, GateBuffers, GateTrace
 from .gates.onnx import memory_inputs
+
+# Positions a pass of a long prompt takes: bounds the buffers and the [tokens, N] similarities.
+PREFILL_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -24,29 +29,34 @@ class StepBuffers:
     Attributes:
         input_ids: [B, S] int64.
         lengths: [B] int64, real tokens among the S of each sequence.
-        seqlens_k: [B] int32, total length of each sequence after the step, minus one.
-        total_sequence_length: scalar int32, the longest total length.
+        past_lengths: [B] int64, tokens of each sequence before the step (`std` lowering).
+        seqlens_k: [B] int32, total length of each sequence after the step, minus one (`ort`).
+        total_sequence_length: scalar int32, the longest total length (`ort`).
         logit_rows: [R] int64, rows of the flattened [T, D] stream to compute logits for.
         logits: [R, V] fp32.
     """
 
     input_ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    past_lengths: NDArray[np.int64]
     seqlens_k: NDArray[np.int32]
     total_sequence_length: NDArray[np.int32]
     logit_rows: NDArray[np.int64]
     logits: NDArray[np.float32]
 
     @staticmethod
-    def allocate(batch: int, length: int, rows: int, vocab_size: int) -> StepBuffers:
+    def allocate(
+        batch: int, length: int, rows: int, vocab_size: int, *, zeros: Zeros = np.zeros
+    ) -> StepBuffers:
         """Buffers for B sequences, S tokens each, R rows of logits."""
         return StepBuffers(
-            np.zeros((batch, length), np.int64),
-            np.zeros(batch, np.int64),
-            np.zeros(batch, np.int32),
-            np.zeros((), np.int32),
-            np.zeros(rows, np.int64),
-            np.zeros((rows, vocab_size), np.float32),
+            input_ids=zeros((batch, length), np.int64),
+            lengths=zeros(batch, np.int64),
+            past_lengths=zeros(batch, np.int64),
+            seqlens_k=zeros(batch, np.int32),
+            total_sequence_length=zeros((), np.int32),
+            logit_rows=zeros(rows, np.int64),
+            logits=zeros((rows, vocab_size), np.float32),
         )
 
     def named(self) -> dict[str, Array]:
@@ -54,6 +64,7 @@ class StepBuffers:
         return {
             "input_ids": self.input_ids,
             "lengths": self.lengths,
+            "past_lengths": self.past_lengths,
             "seqlens_k": self.seqlens_k,
             "total_sequence_length": self.total_sequence_length,
             "logit_rows": self.logit_rows,
@@ -69,13 +80,25 @@ class GateRecord:
     trace: GateTrace
 
     @staticmethod
-    def empty(tokens: int, experts: int, neighbors: int) -> GateRecord:
+    def empty(tokens: int, experts: int, neighbors: int, *, zeros: Zeros = np.zeros) -> GateRecord:
         """Buffers for T tokens, k experts each, K' neighbours each."""
         return GateRecord(
-            np.zeros((tokens, experts), np.int32),
-            np.zeros((tokens, experts), np.float32),
-            GateTrace.empty(tokens, neighbors),
+            zeros((tokens, experts), np.int32),
+            zeros((tokens, experts), np.float32),
+            GateTrace.empty(tokens, neighbors, zeros=zeros),
         )
+
+    def copy(self) -> GateRecord:
+        """The same, in arrays that no further step overwrites."""
+        return GateRecord.joined((self,))
+
+    @staticmethod
+    def joined(records: Sequence[GateRecord]) -> GateRecord:
+        """The decisions of one gate in pieces of a sequence, as those of the whole."""
+        named = [record.named() for record in records]
+        whole = {name: np.concatenate([part[name] for part in named]) for name in named[0]}
+        ids, weights = whole.pop("expert_ids"), whole.pop("expert_weights")
+        return GateRecord(ids, weights, GateTrace(**whole))
 
     def named(self) -> dict[str, Array]:
         """The outputs of a graph by name."""
@@ -88,28 +111,137 @@ class GateRecord:
         }
 
 
+class BoundStep(Protocol):
+    """A step bound to its buffers, to be run again and again."""
+
+    @property
+    def records(self) -> tuple[GateRecord, ...]:
+        """What the gates decided, on the host, if traced."""
+
+    def run(self) -> None:
+        """Run the whole step; its results are there when this returns."""
+
+    def timed(self) -> dict[str, float]:
+        """Run it part by part: the milliseconds of each by name, in order."""
+
+
 @dataclass(frozen=True)
-class BoundStep:
-    """A step bound to its buffers: running the parts in order is the whole step."""
+class Parts:
+    """The parts of a step in the order they run, and what the gates left if traced."""
 
     names: tuple[str, ...]
     runs: tuple[Run, ...]
     records: tuple[GateRecord, ...]
 
+    def timed(self, wait: Run) -> dict[str, float]:
+        """Run the parts, waiting for each: their milliseconds by name."""
+        stamps = [perf_counter_ns()]
+        for run in self.runs:
+            run()
+            wait()
+            stamps.append(perf_counter_ns())
+        spans = zip(self.names, stamps, stamps[1:], strict=False)
+        return {name: (end - start) / 1e6 for name, start, end in spans}
 
-class Layout(Protocol):
-    """Engines and gates together; immutable, so that a swap of the memory is one assignment."""
+
+class Wiring(Protocol):
+    """Engines and gates of one layout, and how their buffers hang together."""
 
     @property
     def architecture(self) -> ModelShape:
         """The sizes of the model."""
 
+    def parts(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> Parts:
+        """The parts of a step over these buffers, which lie where the engines can use them."""
+
+
+class Layout(Protocol):
+    """A wiring on a device; what the pipeline runs."""
+
+    @property
+    def architecture(self) -> ModelShape:
+        """The sizes of the model."""
+
+    @property
+    def memory(self) -> object:
+        """Which memory routes: what a cache knows of another one is forgotten."""
+
+    @property
+    def prefill_chunk(self) -> int:
+        """The most tokens a pass over one sequence takes."""
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache where the engines can use it."""
+
+    def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
+        """Buffers on the host for steps of one shape."""
+
     def bind(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> BoundStep:
-        """Bind a step's buffers and a cache."""
+        """Bind a step's buffers and a cache; a run also advances the cache's states."""
 
 
 @dataclass(frozen=True)
-class SplitLayout:
+class HostStep:
+    """A step whose parts are done when they return."""
+
+    parts: Parts
+    cache: Cache
+
+    @property
+    def records(self) -> tuple[GateRecord, ...]:
+        """See `BoundStep.records`."""
+        return self.parts.records
+
+    def run(self) -> None:
+        """See `BoundStep.run`."""
+        for run in self.parts.runs:
+            run()
+        self._take_over()
+
+    def timed(self) -> dict[str, float]:
+        """See `BoundStep.timed`."""
+        times = self.parts.timed(wait=lambda: None)
+        self._take_over()
+        return times
+
+    def _take_over(self) -> None:
+        # A frozen ONNX gate leaves its zeros: it gathers no evidence.
+        np.copyto(self.cache.states, self.cache.states_out)
+
+
+@dataclass(frozen=True)
+class HostLayout:
+    """A wiring on the host; immutable, so that a swap of the memory is one assignment."""
+
+    wiring: Wiring
+
+    prefill_chunk = PREFILL_CHUNK
+
+    @property
+    def architecture(self) -> ModelShape:
+        """See `Layout.architecture`."""
+        return self.wiring.architecture
+
+    @property
+    def memory(self) -> object:
+        """See `Layout.memory`: each layout has one of its own."""
+        return self
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See `Layout.new_cache`."""
+        return Cache.allocate(self.architecture, batch, capacity)
+
+    def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
+        """See `Layout.new_step`."""
+        return StepBuffers.allocate(batch, length, rows, self.architecture.vocab_size)
+
+    def bind(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> HostStep:
+        """See `Layout.bind`."""
+        return HostStep(self.wiring.parts(step, cache, traced=traced), cache)
+
+
+@dataclass(frozen=True)
+class SplitWiring:
     """One engine a segment, the gates between them."""
 
     architecture: ModelShape
@@ -117,11 +249,12 @@ class SplitLayout:
     segments: tuple[Engine, ...]
     layers: tuple[tuple[int, ...], ...]  # whose KV cache each segment holds
     gates: tuple[Gate, ...]
+    zeros: Zeros = np.zeros
 
-    def bind(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> BoundStep:
-        """See `Layout.bind`."""
+    def parts(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> Parts:
+        """See `Wiring.parts`."""
         batch, length = step.input_ids.shape
-        flows = _flows(self.architecture, batch, length)
+        flows = self._flows(batch, length)
         names: list[str] = []
         runs: list[Run] = []
         records: list[GateRecord] = []
@@ -137,7 +270,9 @@ class SplitLayout:
             if last:
                 break
             gate = self.gates[index]
-            record = GateRecord.empty(batch * length, self.experts_per_token, gate.neighbors)
+            record = GateRecord.empty(
+                batch * length, self.experts_per_token, gate.neighbors, zeros=self.zeros
+            )
             buffers = GateBuffers(
                 router_input=leaving["router_input"],
                 router_logits=leaving["router_logits"],
@@ -156,18 +291,32 @@ class SplitLayout:
                 "expert_ids": record.expert_ids,
                 "expert_weights": record.expert_weights,
             }
-        return BoundStep(tuple(names), tuple(runs), tuple(records) if traced else ())
+        return Parts(tuple(names), tuple(runs), tuple(records) if traced else ())
+
+    def _flows(self, batch: int, length: int) -> Iterator[dict[str, Array]]:
+        """Buffers between segments, two sets in turn: a segment reads one and writes the other."""
+        shape, rows = self.architecture, batch * length
+        sets = [
+            {
+                "hidden": self.zeros((batch, length, shape.hidden_size), np.float32),
+                "router_input": self.zeros((rows, shape.hidden_size), np.float32),
+                "router_logits": self.zeros((rows, shape.num_experts), np.float32),
+            }
+            for _ in range(2)
+        ]
+        return cycle(sets)
 
 
 @dataclass(frozen=True)
-class FusedLayout:
+class FusedWiring:
     """One engine; the gates are nodes inside it and the memories its inputs."""
 
     architecture: ModelShape
     experts_per_token: int
     engine: Engine
-    memory_inputs: dict[str, Array]
+    memory_inputs: Mapping[str, Array]
     neighbors: tuple[int, ...]  # K' of each gate
+    zeros: Zeros = np.zeros
 
     @staticmethod
     def over(
@@ -175,16 +324,16 @@ class FusedLayout:
         experts_per_token: int,
         engine: Engine,
         memories: tuple[GateMemory, ...],
-    ) -> FusedLayout:
+    ) -> FusedWiring:
         """The fused graph over one memory a gate; a frozen gate has an empty one."""
         inputs: dict[str, Array] = {}
         for gate, memory in enumerate(memories):
             inputs |= memory_inputs(memory, f"_{gate}")
         neighbors = tuple(min(memory.k, len(memory.keys)) for memory in memories)
-        return FusedLayout(architecture, experts_per_token, engine, inputs, neighbors)
+        return FusedWiring(architecture, experts_per_token, engine, inputs, neighbors)
 
-    def bind(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> BoundStep:
-        """See `Layout.bind`."""
+    def parts(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> Parts:
+        """See `Wiring.parts`."""
         layers = range(self.architecture.num_layers)
         inputs = {**step.named(), **_past(cache, layers), **self.memory_inputs}
         outputs: dict[str, Array] = {**_present(cache, layers), "logits": step.logits}
@@ -193,26 +342,13 @@ class FusedLayout:
             inputs[f"state_{gate}"] = cache.states[gate]
             outputs[f"state_out_{gate}"] = cache.states_out[gate]
             if traced:
-                record = GateRecord.empty(step.input_ids.size, self.experts_per_token, neighbors)
+                record = GateRecord.empty(
+                    step.input_ids.size, self.experts_per_token, neighbors, zeros=self.zeros
+                )
                 outputs |= {f"{name}_{gate}": a for name, a in record.named().items()}
                 records.append(record)
         run = self.engine.bind(inputs, outputs)
-        return BoundStep(("fused",), (run,), tuple(records))
-
-
-def _flows(architecture: ModelShape, batch: int, length: int) -> Iterator[dict[str, Any]]:
-    """Buffers between segments, two sets in turn: a segment reads one and writes the other."""
-    rows = batch * length
-    sets = [
-        {
-            "hidden": np.zeros((batch, length, architecture.hidden_size), np.float32),
-            "router_input": np.zeros((rows, architecture.hidden_size), np.float32),
-            "router_logits": np.zeros((rows, architecture.num_experts), np.float32),
-        }
-        for _ in range(2)
-    ]
-    while True:
-        yield from sets
+        return Parts(("fused",), (run,), tuple(records))
 
 
 def _past(cache: Cache, layers: tuple[int, ...] | range) -> dict[str, Array]:

@@ -18,7 +18,7 @@ from .errors import BackendError, BundleError, InputError
 from .gates.onnx import graph_name
 from .gates.select import Backend, EngineOf, make_gate
 from .generation import Completion, Event, collect, stream
-from .layouts import FusedLayout, GateRecord, Layout, SplitLayout
+from .layouts import FusedWiring, GateRecord, HostLayout, Layout, SplitWiring
 from .manifest import parse_object
 from .memory import MemoryPack, ModelIdentity
 from .pipeline import Pipeline
@@ -236,9 +236,11 @@ class Model:
         if self.layout == "fused":
             wanted = _fused(self.bundle).gate
             ready = tuple(_fitting(m, wanted, self.identity) for m in memories)
-            return FusedLayout.over(shape, manifest.experts_per_token, self._segments[0], ready)
+            return HostLayout(
+                FusedWiring.over(shape, manifest.experts_per_token, self._segments[0], ready)
+            )
         engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731
-        return SplitLayout(
+        wiring = SplitWiring(
             architecture=shape,
             experts_per_token=manifest.experts_per_token,
             segments=self._segments,
@@ -248,6 +250,7 @@ class Model:
                 for m in memories
             ),
         )
+        return HostLayout(wiring)
 
 
 def _sensible_threads(bundle: Bundle) -> int | None:

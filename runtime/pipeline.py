@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from time import perf_counter_ns
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,6 @@ from .layouts import BoundStep, GateRecord, Layout, StepBuffers
 Rows = Literal["last", "all"]
 
 PLANS_KEPT = 6  # bound shapes a cache remembers; decoding needs one
-PREFILL_CHUNK = 512  # bounds the buffers and the [tokens, N] similarities of a long prompt
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Pipeline:
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache for B sequences of up to `capacity` tokens (default: all positions)."""
         size = self.max_positions if capacity is None else capacity
-        return Cache.allocate(self.layout.architecture, batch, size)
+        return self.layout.new_cache(batch, size)
 
     def step(
         self,
@@ -78,7 +77,7 @@ class Pipeline:
         ids = np.asarray(input_ids, np.int64)
         counts = self._check(cache, ids, lengths)
         layout = self.layout
-        if ids.shape[0] == 1 and ids.shape[1] > PREFILL_CHUNK:
+        if ids.shape[0] == 1 and ids.shape[1] > layout.prefill_chunk:
             return self._chunk_by_chunk(layout, cache, ids, rows)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and cache.lengths.any():
             return self._column_by_column(layout, cache, ids, counts, rows)
@@ -91,25 +90,31 @@ class Pipeline:
     ) -> dict[str, float]:
         """A step that returns the milliseconds of each part by name, in order."""
         ids = np.asarray(input_ids, np.int64)
-        counts = self._check(cache, ids, None)
-        plan = self._fill(self.layout, cache, ids, counts, rows)
-        stamps = [perf_counter_ns()]
-        for run in plan.bound.runs:
-            run()
-            stamps.append(perf_counter_ns())
-        self._take_over(cache, counts)
-        spans = zip(plan.bound.names, stamps, stamps[1:], strict=False)
-        return {name: (end - start) / 1e6 for name, start, end in spans}
+        self._check(cache, ids, None)
+        layout = self.layout
+        times: dict[str, float] = {}
+        for piece, counts in self._pieces(layout, ids):
+            plan = self._fill(layout, cache, piece, counts, rows)
+            for name, milliseconds in plan.bound.timed().items():
+                times[name] = times.get(name, 0.0) + milliseconds
+            cache.lengths += counts
+        return times
 
     def traced_step(
         self, cache: Cache, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], tuple[GateRecord, ...]]:
         """A step that also returns what each gate decided: (logits [B·S, V], one record a gate)."""
         ids = np.asarray(input_ids, np.int64)
-        counts = self._check(cache, ids, None)
-        plan = self._fill(self.layout, cache, ids, counts, "all", traced=True)
-        self._run(plan, cache, counts)
-        return plan.buffers.logits, plan.bound.records
+        self._check(cache, ids, None)
+        layout, logits = self.layout, []
+        pieces: list[tuple[GateRecord, ...]] = []
+        for piece, counts in self._pieces(layout, ids):
+            plan = self._fill(layout, cache, piece, counts, "all", traced=True)
+            self._run(plan, cache, counts)
+            logits.append(plan.buffers.logits.copy())
+            pieces.append(tuple(record.copy() for record in plan.bound.records))
+        records = tuple(GateRecord.joined(parts) for parts in zip(*pieces, strict=True))
+        return np.concatenate(logits), records
 
     def _check(
         self, cache: Cache, ids: NDArray[np.int64], lengths: NDArray[np.int64] | None
@@ -163,6 +168,7 @@ class Pipeline:
         buffers = plan.buffers
         buffers.input_ids[...] = ids
         buffers.lengths[...] = counts
+        buffers.past_lengths[...] = cache.lengths
         # A sequence without a real token (a padded column) writes beyond its end, where the next
         # real token will overwrite it.
         np.subtract(
@@ -175,6 +181,10 @@ class Pipeline:
         return plan
 
     def _plan(self, layout: Layout, cache: Cache, length: int, rows: Rows, traced: bool) -> _Plan:
+        if cache.memory is not layout.memory:
+            # Evidence about another memory says nothing about this one.
+            cache.states[...] = 0
+            cache.memory = layout.memory
         key = (length, rows, traced)
         plan: _Plan | None = cache.plans.get(key)
         if plan is not None and plan.layout is layout:
@@ -182,9 +192,8 @@ class Pipeline:
             return plan
         if any(kept.layout is not layout for kept in cache.plans.values()):
             cache.plans.clear()
-            cache.states[:] = 0  # evidence about another memory says nothing about this one
         count = cache.batch if rows == "last" else cache.batch * length
-        buffers = StepBuffers.allocate(cache.batch, length, count, self.vocab_size)
+        buffers = layout.new_step(cache.batch, length, count)
         buffers.logit_rows[...] = np.arange(count)
         plan = _Plan(layout, buffers, layout.bind(buffers, cache, traced=traced))
         cache.plans[key] = plan
@@ -196,14 +205,22 @@ class Pipeline:
         self, layout: Layout, cache: Cache, ids: NDArray[np.int64], rows: Rows
     ) -> NDArray[np.float32]:
         """One long sequence takes its tokens in pieces."""
-        pieces = []
-        for start in range(0, ids.shape[1], PREFILL_CHUNK):
-            piece = ids[:, start : start + PREFILL_CHUNK]
-            counts = np.array([piece.shape[1]], np.int64)
+        pieces: list[NDArray[np.float32]] = []
+        for piece, counts in self._pieces(layout, ids):
             plan = self._fill(layout, cache, piece, counts, rows)
             self._run(plan, cache, counts)
             pieces.append(plan.buffers.logits.copy() if rows == "all" else plan.buffers.logits)
         return np.concatenate(pieces) if rows == "all" else pieces[-1]
+
+    @staticmethod
+    def _pieces(
+        layout: Layout, ids: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """What each pass takes of one sequence (of more, all), and its tokens a sequence, [B]."""
+        width = layout.prefill_chunk if len(ids) == 1 else ids.shape[1]
+        for start in range(0, ids.shape[1], width):
+            piece = ids[:, start : start + width]
+            yield piece, np.full(len(ids), piece.shape[1], np.int64)
 
     def _column_by_column(
         self,
@@ -227,14 +244,7 @@ class Pipeline:
             return gathered.reshape(batch * length, -1)
         return gathered[np.arange(batch), counts - 1]
 
-    @classmethod
-    def _run(cls, plan: _Plan, cache: Cache, counts: NDArray[np.int64]) -> None:
-        for run in plan.bound.runs:
-            run()
-        cls._take_over(cache, counts)
-
     @staticmethod
-    def _take_over(cache: Cache, counts: NDArray[np.int64]) -> None:
-        # A frozen ONNX gate leaves its zeros: it gathers no evidence.
-        np.copyto(cache.states, cache.states_out)
+    def _run(plan: _Plan, cache: Cache, counts: NDArray[np.int64]) -> None:
+        plan.bound.run()
         cache.lengths += counts

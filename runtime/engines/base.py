@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
+# A NumPy array, or a CuPy array where the engine runs on a CUDA device.
+Array = Any
 Run = Callable[[], None]
+# Makes an array of zeros of that shape and dtype, where the engine can use it.
+Zeros = Callable[[Any, Any], Array]
 
 
 class Engine(Protocol):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Run = Callable[[], None]
+from ..engines.base import Run, Zeros
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ class GateTrace:
     similarities: NDArray[np.float32]
 
     @staticmethod
-    def empty(tokens: int, neighbors: int) -> GateTrace:
+    def empty(tokens: int, neighbors: int, *, zeros: Zeros = np.zeros) -> GateTrace:
         """Buffers for that many tokens and neighbours; λ is 0 until a gate says otherwise."""
         return GateTrace(
-            np.zeros(tokens, np.float32),
-            np.zeros((tokens, neighbors), np.int64),
-            np.zeros((tokens, neighbors), np.float32),
+            zeros(tokens, np.float32),
+            zeros((tokens, neighbors), np.int64),
+            zeros((tokens, neighbors), np.float32),
         )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blend import Blended, GateMemory, blend_found, search
+from ..engines.base import Run
 from ..routing import RoutingRule, select_assignments
-from .base import GateBuffers, GateTrace, Run, pad_experts
+from .base import GateBuffers, GateTrace, pad_experts
 
 ROWS_AT_ONCE = 64  # bounds the [rows, N] matrix of similarities
 

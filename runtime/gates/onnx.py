@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blend import GateMemory
-from ..engines.base import Engine
-from .base import GateBuffers, GateTrace, Run
+from ..engines.base import Engine, Run
+from .base import GateBuffers, GateTrace
 
 FROZEN = "frozen"
 

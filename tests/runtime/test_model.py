@@ -10,8 +10,8 @@ import pytest
 
 from conftest import write_tiny_pack
 from knnmoe.runtime.errors import BackendError, InputError, SettingError
+from knnmoe.runtime.layouts import PREFILL_CHUNK, HostLayout
 from knnmoe.runtime.model import Model
-from knnmoe.runtime.pipeline import PREFILL_CHUNK
 
 IDS = np.random.default_rng(0).integers(0, 256, 60)
 
@@ -136,7 +136,7 @@ def test_a_long_prompt_is_taken_in_chunks(
     tiny_bundle: Path, routed: Model, monkeypatch: Any
 ) -> None:
     whole = routed.logits(IDS)
-    monkeypatch.setattr("knnmoe.runtime.pipeline.PREFILL_CHUNK", 16)
+    monkeypatch.setattr(HostLayout, "prefill_chunk", 16)
     assert len(IDS) < PREFILL_CHUNK
     np.testing.assert_allclose(routed.logits(IDS), whole, atol=1e-4)
     cache = routed.pipeline.new_cache(capacity=60)
