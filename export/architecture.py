@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from knnmoe.runtime.bundle import ModelShape
@@ -120,7 +122,24 @@ def describe(checkpoint: Checkpoint, family: Family) -> Architecture:
             something the family's description cannot express, or a tensor is missing, unknown, or
             of an unexpected shape or dtype.
     """
-    config = _Config(checkpoint, family)
+    architecture = describe_config(checkpoint.config, checkpoint.path / CONFIG, family)
+    _check_tensors(checkpoint, architecture)
+    return architecture
+
+
+def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> Architecture:
+    """Read a config by the family's description; no tensor is looked at.
+
+    Args:
+        content: Of `config.json`.
+        where: Its path, for messages.
+        family: Which description to read it by.
+
+    Raises:
+        CheckpointError: If an entry is missing, malformed or inconsistent, or asks for something
+            the family's description cannot express.
+    """
+    config = _Config(content, where, family)
     names = family.config
     hidden = config.count(names.hidden_size)
     heads = config.count(names.num_heads)
@@ -149,7 +168,7 @@ def describe(checkpoint: Checkpoint, family: Family) -> Architecture:
         raise config.wrong(names.top_k, "is more than there are experts", f"at most {experts}")
     config.must_be(names.activation, family.activation)
     config.must_be(names.attention_bias, False)
-    architecture = Architecture(
+    return Architecture(
         family=family,
         shape=ModelShape(
             hidden_size=hidden,
@@ -171,8 +190,6 @@ def describe(checkpoint: Checkpoint, family: Family) -> Architecture:
         clip_qkv=_clip(config, names.clip_qkv),
         tied_head=config.flag(names.tied_head),
     )
-    _check_tensors(checkpoint, architecture)
-    return architecture
 
 
 def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -246,9 +263,9 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
 class _Config:
     """Access to `config.json` with the family's defaults; every error names the entry."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
-        self._where = checkpoint.path / CONFIG
-        self._content = dict(family.defaults) | dict(checkpoint.config)
+    def __init__(self, content: Mapping[str, Any], where: Path, family: Family) -> None:
+        self._where = where
+        self._content = dict(family.defaults) | dict(content)
 
     def raw(self, name: str) -> Any:
         return self._content.get(name)

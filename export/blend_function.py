@@ -16,7 +16,7 @@ from knnmoe.runtime.blend import RBF_CLIP
 from knnmoe.runtime.bundle import TensorSpec
 from knnmoe.runtime.calibration import Similarity
 
-from .graph import KNNMOE, GraphBuilder
+from .graph import KNNMOE, OPSET, GraphBuilder
 
 NAME = "KnnBlend"
 _LARGEST = float(np.finfo(np.float32).max)
@@ -65,9 +65,9 @@ def blend_node(
     return blended, results
 
 
-def blend_function(similarity: Similarity) -> ir.Function:
+def blend_function(similarity: Similarity, opset: int = OPSET) -> ir.Function:
     """The function body for one similarity; a model holds one of the two."""
-    g = GraphBuilder(NAME)
+    g = GraphBuilder(NAME, opset)
     v = {name: g.input(name, *_TYPES[name]) for name in INPUTS}
     c = _calibration(g, v["calibration"])
     found = _nearest(g, v, c, similarity)

@@ -13,7 +13,7 @@ from knnmoe.runtime.calibration import SIMILARITIES, Similarity
 from knnmoe.runtime.routing import RoutingRule
 
 from .blend_function import LENGTHS, RESULTS, blend_function, blend_node, memory_specs
-from .graph import GraphBuilder
+from .graph import OPSET, GraphBuilder
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def gate_nodes(
     return *_heaviest(g, blended, shape), results
 
 
-def gate_functions(name: str) -> list[ir.Function]:
+def gate_functions(name: str, opset: int = OPSET) -> list[ir.Function]:
     """The functions that gate graph `name` calls."""
-    return [] if name == FROZEN else [blend_function(_similarity(name))]
+    return [] if name == FROZEN else [blend_function(_similarity(name), opset)]
 
 
-def gate_graph(name: str, shape: GateShape) -> GraphBuilder:
+def gate_graph(name: str, shape: GateShape, opset: int = OPSET) -> GraphBuilder:
     """A gate graph of the bundle, inputs and outputs as in docs/formats.md."""
-    g = GraphBuilder(f"gate-{name}")
+    g = GraphBuilder(f"gate-{name}", opset)
     x = g.input("router_input", "float32", ("tokens", shape.hidden_size))
     logits = g.input("router_logits", "float32", ("tokens", shape.num_experts))
     memory: list[ir.Value] = []

@@ -16,12 +16,14 @@ from knnmoe.runtime.bundle import TensorSpec
 
 # Opset 21 and IR version 10 are what the oldest supported ONNX Runtime (1.23) and TensorRT 10 read.
 OPSET = 21
-IR_VERSION = 10
+# Opset → IR version: the oldest that allows it, but not below what the bundle's own graphs have.
+IR_VERSIONS = {20: 10, 21: 10, 24: 12}
 CONTRIB = "com.microsoft"
 KNNMOE = "knnmoe"
 
 _DTYPES = {
     "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
 }
@@ -38,10 +40,16 @@ class StoredTensor:
 
 
 class GraphBuilder:
-    """Collects inputs, nodes, weights and outputs; `model` or `function` closes the graph."""
+    """Collects inputs, nodes, weights and outputs; `model` or `function` closes the graph.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Of the graph, or of the function.
+        opset: Of the standard operators; a key of `IR_VERSIONS`.
+    """
+
+    def __init__(self, name: str, opset: int = OPSET) -> None:
         self._name = name
+        self._opset = opset
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -81,6 +89,10 @@ class GraphBuilder:
             value = _typed(ir.Value(name=name, const_value=tensor), "float32", stored.shape)
             self._weights[name] = value
         return self._weights[name]
+
+    def cast(self, value: ir.Value, dtype: str) -> ir.Value:
+        """Append a conversion to `float32`, `float16`, `int64` or `int32`."""
+        return self.op("Cast", value, to=int(_DTYPES[dtype]))
 
     def constant(self, content: ArrayLike, dtype: type[np.generic]) -> ir.Value:
         """A constant, as a node, so that it may stand in a function body."""
@@ -123,7 +135,7 @@ class GraphBuilder:
         )
         return ir.Model(
             graph,
-            ir_version=IR_VERSION,
+            ir_version=IR_VERSIONS[self._opset],
             producer_name="knnmoe",
             producer_version=__version__,
             functions=functions,
@@ -142,7 +154,7 @@ class GraphBuilder:
         return ir.Function(domain, self._name, graph=graph, attributes=declared)
 
     def _opsets(self) -> dict[str, int]:
-        return {domain: 1 if domain else OPSET for domain in sorted(self._domains)}
+        return {domain: 1 if domain else self._opset for domain in sorted(self._domains)}
 
 
 def save(model: ir.Model, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,13 +12,16 @@ from knnmoe.runtime.bundle import TensorSpec
 from .architecture import Architecture
 from .blend_function import LENGTHS, RESULTS, memory_specs
 from .gate_graphs import GateShape, gate_nodes, routed_specs
-from .graph import GraphBuilder, StoredTensor
-from .lowering.ort import CacheInputs, OrtLowering, Stream
+from .graph import OPSET, GraphBuilder, StoredTensor
+from .lowering.base import Lowering, Pair, Stream
+from .lowering.ort import OrtLowering
 
 INPUT_IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
-SEQLENS_K = TensorSpec("seqlens_k", "int32", ("batch",))
-TOTAL_LENGTH = TensorSpec("total_sequence_length", "int32", ())
 LOGIT_ROWS = TensorSpec("logit_rows", "int64", ("rows",))
+
+
+def _lower_for_ort(plan: ModelPlan, g: GraphBuilder) -> Lowering:
+    return OrtLowering(g, plan.architecture, plan.stored, plan.experts_per_token, plan.precision)
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,16 @@ class ModelPlan:
         stored: Where each weight lies, in files beside the graphs.
         experts_per_token: k of the seam.
         precision: Of the experts.
+        lower: What the parts of the model become.
+        opset: Of the graphs.
     """
 
     architecture: Architecture
     stored: Mapping[str, StoredTensor]
     experts_per_token: int
     precision: str
+    lower: Callable[[ModelPlan, GraphBuilder], Lowering] = _lower_for_ort
+    opset: int = OPSET
 
     @property
     def gate_shape(self) -> GateShape:
@@ -54,8 +61,8 @@ def segment_layers(architecture: Architecture, segment: int) -> tuple[int, ...]:
 def segment_graph(plan: ModelPlan, segment: int) -> GraphBuilder:
     """The graph of one segment: the experts of the gate before it, up to the gate after it."""
     a = plan.architecture
-    g = GraphBuilder(f"segment-{segment:02d}")
-    parts = OrtLowering(g, a, plan.stored, plan.experts_per_token, plan.precision)
+    g = GraphBuilder(f"segment-{segment:02d}", plan.opset)
+    parts = plan.lower(plan, g)
     hidden_spec = TensorSpec("hidden", "float32", ("batch", "sequence", a.shape.hidden_size))
     input_spec = TensorSpec("router_input", "float32", ("tokens", a.shape.hidden_size))
     logits_spec = TensorSpec("router_logits", "float32", ("tokens", a.shape.num_experts))
@@ -72,14 +79,15 @@ def segment_graph(plan: ModelPlan, segment: int) -> GraphBuilder:
             g.output(logits, _logits_spec(a))
             return g
         hidden, normed = parts.next_norm(stream.hidden, mixed, segment)
-    cache = CacheInputs(g.declare(SEQLENS_K), g.declare(TOTAL_LENGTH))
-    past, present_specs = _declare_past(g, a, segment)
-    stream, present = parts.attention(hidden, normed, segment, past, cache)
+    step = [g.declare(spec) for spec in parts.step_inputs]
+    cache = parts.cache(segment)
+    past = _declare_pair(g, cache.inputs)
+    stream, cached = parts.attention(hidden, normed, segment, past, step)
     g.output(stream.hidden, _renamed(hidden_spec, "hidden_out"))
     g.output(stream.router_input, _renamed(input_spec, "router_input_out"))
     logits = parts.router(stream.router_input, segment)
     g.output(logits, _renamed(logits_spec, "router_logits_out"))
-    for value, spec in zip(present, present_specs, strict=True):
+    for value, spec in zip(cached, cache.outputs, strict=True):
         g.output(value, spec)
     return g
 
@@ -90,10 +98,10 @@ def fused_graph(plan: ModelPlan, gate: str) -> GraphBuilder:
     Memory inputs and gate outputs carry the suffix `_{g}`; `lengths` is shared.
     """
     a = plan.architecture
-    g = GraphBuilder("fused")
-    parts = OrtLowering(g, a, plan.stored, plan.experts_per_token, plan.precision)
+    g = GraphBuilder("fused", plan.opset)
+    parts = plan.lower(plan, g)
     input_ids = g.declare(INPUT_IDS)
-    cache = CacheInputs(g.declare(SEQLENS_K), g.declare(TOTAL_LENGTH))
+    step = [g.declare(spec) for spec in parts.step_inputs]
     logit_rows = g.declare(LOGIT_ROWS)
     lengths = g.declare(LENGTHS)
     hidden = parts.embed(input_ids)
@@ -101,13 +109,14 @@ def fused_graph(plan: ModelPlan, gate: str) -> GraphBuilder:
     gate_outputs: list[tuple[ir.Value, TensorSpec]] = []
     cache_outputs: list[tuple[ir.Value, TensorSpec]] = []
     for layer in range(a.shape.num_layers):
-        past, present_specs = _declare_past(g, a, layer)
+        cache = parts.cache(layer)
+        past = _declare_pair(g, cache.inputs)
         memory = [
             g.declare(_of_gate(spec, layer))
             for spec in memory_specs(a.shape.hidden_size, a.shape.num_experts)
         ]
-        stream, present = parts.attention(hidden, normed, layer, past, cache)
-        cache_outputs.extend(zip(present, present_specs, strict=True))
+        stream, cached = parts.attention(hidden, normed, layer, past, step)
+        cache_outputs.extend(zip(cached, cache.outputs, strict=True))
         logits = parts.router(stream.router_input, layer)
         ids, weights, results = gate_nodes(
             g, stream.router_input, logits, [*memory, lengths], plan.gate_shape, gate
@@ -124,15 +133,9 @@ def fused_graph(plan: ModelPlan, gate: str) -> GraphBuilder:
     return g
 
 
-def _declare_past(
-    g: GraphBuilder, a: Architecture, layer: int
-) -> tuple[tuple[ir.Value, ir.Value], Sequence[TensorSpec]]:
-    """Declare a layer's cache inputs; the specs are those of the outputs that belong to them."""
-    shape = ("batch", a.shape.num_kv_heads, "capacity", a.shape.head_size)
-    key = g.input(f"past_key_{layer}", "float32", shape)
-    value = g.input(f"past_value_{layer}", "float32", shape)
-    present = [TensorSpec(f"present_{part}_{layer}", "float32", shape) for part in ("key", "value")]
-    return (key, value), present
+def _declare_pair(g: GraphBuilder, specs: tuple[TensorSpec, TensorSpec]) -> Pair:
+    key, value = (g.declare(spec) for spec in specs)
+    return key, value
 
 
 def _logits_spec(a: Architecture) -> TensorSpec:

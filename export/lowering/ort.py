@@ -8,37 +8,20 @@ split and the fused layout compute the same operations in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from knnmoe.export.architecture import Architecture
 from knnmoe.export.graph import CONTRIB, GraphBuilder, StoredTensor
+from knnmoe.runtime.bundle import TensorSpec
 
+from .base import CacheSpecs, Pair, Stream, cache_pair
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, ROPE_COS, ROPE_SIN, layer_name
 
-
-@dataclass(frozen=True)
-class Stream:
-    """What flows between the parts.
-
-    Attributes:
-        hidden: Residual stream [B, S, D] before the experts.
-        router_input: What router and experts read, [T, D].
-    """
-
-    hidden: ir.Value
-    router_input: ir.Value
-
-
-@dataclass(frozen=True)
-class CacheInputs:
-    """The attention inputs that are the same in every layer."""
-
-    seqlens_k: ir.Value
-    total_sequence_length: ir.Value
+SEQLENS_K = TensorSpec("seqlens_k", "int32", ("batch",))
+TOTAL_LENGTH = TensorSpec("total_sequence_length", "int32", ())
 
 
 class OrtLowering:
@@ -66,6 +49,17 @@ class OrtLowering:
         self._k = experts_per_token
         self._experts = EXPERTS[precision]
 
+    @property
+    def step_inputs(self) -> tuple[TensorSpec, ...]:
+        """Total length of each sequence minus one, and the longest total length."""
+        return SEQLENS_K, TOTAL_LENGTH
+
+    def cache(self, layer: int) -> CacheSpecs:
+        """The cache; the operator updates it in place where past and present are one buffer."""
+        shape = ("batch", self._a.shape.num_kv_heads, "capacity", self._a.shape.head_size)
+        past, present = (cache_pair(name, layer, "float32", shape) for name in ("past", "present"))
+        return CacheSpecs(past, present)
+
     def weight(self, name: str) -> ir.Value:
         """The initializer of a weight."""
         return self._g.weight(name, self._stored[name])
@@ -83,15 +77,14 @@ class OrtLowering:
         hidden: ir.Value,
         normed: ir.Value,
         layer: int,
-        past: tuple[ir.Value, ir.Value],
-        cache: CacheInputs,
-    ) -> tuple[Stream, tuple[ir.Value, ir.Value]]:
+        past: Pair,
+        step: Sequence[ir.Value],
+    ) -> tuple[Stream, Pair]:
         """Attention, residual sum and the norm before the router: (stream, (key, value) caches)."""
         g, a = self._g, self._a
         query, key, value = self._query_key_value(normed, layer)
         outputs = g.ops(
-            "GroupQueryAttention", query, key, value, *past,
-            cache.seqlens_k, cache.total_sequence_length,
+            "GroupQueryAttention", query, key, value, *past, *step,
             self.weight(ROPE_COS), self.weight(ROPE_SIN),
             count=3, domain=CONTRIB, num_heads=a.shape.num_heads,
             kv_num_heads=a.shape.num_kv_heads, do_rotary=1,
@@ -114,7 +107,7 @@ class OrtLowering:
         mixed = self._experts(self, stream.router_input, expert_ids, expert_weights, layer)
         return self._g.op("Reshape", mixed, self._g.op("Shape", stream.hidden))
 
-    def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> tuple[ir.Value, ir.Value]:
+    def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> Pair:
         """Residual sum and the norm before the next attention: (hidden, normed), [B, S, D]."""
         normed, hidden = self._add_norm(hidden, mixed, layer_name(layer, "input_norm"))
         return hidden, normed
@@ -192,7 +185,7 @@ class OrtLowering:
             axis=-1, epsilon=self._a.norm_epsilon, stash_type=1,
         )  # fmt: skip
 
-    def _add_norm(self, hidden: ir.Value, added: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+    def _add_norm(self, hidden: ir.Value, added: ir.Value, name: str) -> Pair:
         """(norm of the sum, the sum)."""
         outputs = self._g.ops(
             "SkipSimplifiedLayerNormalization", hidden, added, self.weight(name),
