@@ -28,24 +28,27 @@ class KernelUsage:
     static_shared_bytes: int
 
 
-def compile_kernels(architecture: str, output: Path | None = None) -> list[KernelUsage]:
+def compile_kernels(
+    architecture: str, output: Path | None = None, source: Path = SOURCE
+) -> list[KernelUsage]:
     """Compile the kernels for one architecture (a number, as "90"); returns what they need.
 
     Args:
         architecture: Compute capability without the point.
         output: Where the cubin goes; nowhere if not given.
+        source: The file of kernels.
 
     Raises:
         BackendError: If nvcc is missing or refuses the source.
     """
     command = [
         str(find_nvcc()), "-std=c++17", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v",
-        "--Werror=all-warnings", "-o", str(output or "/dev/null"), str(SOURCE),
+        "--Werror=all-warnings", "-o", str(output or "/dev/null"), str(source),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BackendError(
-            SOURCE.name,
+            source.name,
             f"nvcc does not compile it for sm_{architecture}",
             found=done.stderr.strip()[-2000:],
             fix="Use the CUDA toolkit 13.0, or name an architecture that your toolkit knows.",
