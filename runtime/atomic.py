@@ -14,7 +14,7 @@ from pathlib import Path
 from .errors import OutputError
 
 # A directory of ours is known by one of these; `overwrite` replaces no other.
-MANIFESTS = ("manifest.json", "memory.json")
+MANIFESTS = ("manifest.json", "memory.json", "engines.json")
 SCHEMA_MARK = b'"knnmoe.'
 
 STALE_AFTER_SECONDS = 60.0
@@ -87,7 +87,7 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
     if not _is_ours(target):
         raise OutputError(
             target,
-            "is neither a bundle nor a memory pack, so it is not replaced",
+            "is no bundle, memory pack or engine set, so it is not replaced",
             fix="Choose another name, or remove it yourself.",
         )
 

@@ -84,5 +84,13 @@ class BackendError(KnnMoeError):
     """A gate or engine backend is missing or does not fit."""
 
 
+class EngineError(KnnMoeError):
+    """Engines are damaged, or belong to another bundle, device, driver or version."""
+
+
+class DeviceError(KnnMoeError):
+    """The device refuses: no memory left, a failed launch, a shape beyond its engines."""
+
+
 class VerificationError(KnnMoeError):
     """A computed result disagrees with its reference."""

@@ -124,6 +124,15 @@ class Fields:
             )
         return found
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings."""
+        found = self.raw(name)
+        if not isinstance(found, list) or not all(
+            isinstance(text, str) and len(text) <= MAX_TEXT for text in found
+        ):
+            raise self.wrong(name, "malformed", expected="a list of strings", found=found)
+        return tuple(found)
+
     def number(self, name: str) -> float:
         """A finite number."""
         found = self.raw(name)

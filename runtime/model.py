@@ -5,30 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .blend import GateMemory
-from .bundle import EXPORT_AGAIN, Bundle, FusedSpec
+from .bundle import EXPORT_AGAIN, Bundle
 from .calibration import Similarity, Variant
-from .engines.onnxruntime import OrtEngine
-from .errors import BackendError, BundleError, InputError
-from .gates.onnx import graph_name
-from .gates.select import Backend, EngineOf, make_gate
+from .devices import Device, open_backend
+from .errors import BundleError, InputError
 from .generation import Completion, Event, collect, stream
-from .layouts import FusedWiring, GateRecord, HostLayout, Layout, SplitWiring
+from .host import LayoutName, ModelBackend
+from .layouts import GateRecord, Layout
 from .manifest import parse_object
 from .memory import MemoryPack, ModelIdentity
 from .pipeline import Pipeline
 from .routing import RoutingRule
 from .sampling import GenerationConfig
 from .tokenizer import Tokenizer
-
-LayoutName = Literal["split", "fused"]
-LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
-SMALL_SEGMENT = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -50,27 +44,13 @@ class Model:
     One model may serve several threads: each call that runs tokens uses a cache of its own.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        layout: LayoutName = "split",
-        gate: Backend = "auto",
-        threads: int | None = None,
-    ) -> None:
-        if layout not in LAYOUTS:
-            raise BackendError("layout", "unknown", expected=LAYOUTS, found=layout)
+    def __init__(self, bundle: Bundle, backend: ModelBackend) -> None:
         self.bundle = bundle
-        self.layout: LayoutName = layout
+        self.layout: LayoutName = backend.layout_name
         self.tokenizer = Tokenizer.load(bundle.path)
         self.generation_config = _generation_config(bundle)
         self.memory: MemoryPack | None = None
-        self._backend: Backend = gate
-        self._threads = threads if threads is not None else _sensible_threads(bundle)
-        self._engines: dict[str, OrtEngine] = {}
-        manifest = bundle.manifest
-        files = [_fused(bundle).file] if layout == "fused" else [s.file for s in manifest.segments]
-        self._segments = tuple(self._engine(file) for file in files)
+        self._backend = backend
         self.pipeline = Pipeline(self._layout(None))
 
     @staticmethod
@@ -78,8 +58,12 @@ class Model:
         bundle: str | Path | Bundle,
         *,
         memory: str | Path | MemoryPack | None = None,
-        layout: LayoutName = "split",
-        gate: Backend = "auto",
+        device: Device = "cpu",
+        layout: LayoutName | None = None,
+        gate: str | None = None,
+        engines: str | Path | None = None,
+        keys: str | None = None,
+        cuda_graph: bool | None = None,
         variant: Variant | None = None,
         neighbors: int | None = None,
         similarity: Similarity | None = None,
@@ -91,20 +75,39 @@ class Model:
         Args:
             bundle: A directory written by `knnmoe-export`.
             memory: A memory pack built for the same model; None routes by the frozen router.
-            layout: `split` has the gates between engines; `fused` inside one engine.
-            gate: Backend of the gates in the split layout; `auto` takes the graphs of the bundle,
-                and faiss for memories too large to scan at every token.
+            device: `cpu` runs the bundle as it is, `cuda` the engines built of it.
+            layout: `split` has the gates between engines (the default on the CPU), `fused` inside
+                one engine. On a device, the engines say which; None takes either.
+            gate: Backend of the gates in the split layout. CPU: `auto`, the default, takes the
+                graphs of the bundle, and faiss for memories too large to scan at every token.
+                CUDA: `cuda`, the default, or `plugin`.
+            engines: CUDA: directory written by `knnmoe engines build`; None takes the newest of
+                this bundle in the cache.
+            keys: CUDA: dtype of the memory's keys on the device, `float16` by default.
+            cuda_graph: CUDA: capture decode steps in a CUDA graph, as is the default.
             variant, neighbors, similarity, scale: Replace the memory's own settings.
             threads: Of one operator; None takes the physical cores, or one thread for a model so
                 small that sharing the work costs more than it saves.
 
         Raises:
             BundleError, MemoryPackError: If a directory is damaged, unsafe, or of another model.
-            SettingError: If a setting is out of its range.
+            SettingError: If a setting is out of its range, or the device does not have it.
             BackendError: If a backend is missing or does not fit.
+            EngineError: If engines are damaged, or of another bundle, device or version.
+            DeviceError: If the device has too little memory.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        model = Model(opened, layout=layout, gate=gate, threads=threads)
+        backend = open_backend(
+            opened,
+            device,
+            layout=layout,
+            gate=gate,
+            threads=threads,
+            engines=engines,
+            keys=keys,
+            cuda_graph=cuda_graph,
+        )
+        model = Model(opened, backend)
         if memory is not None:
             pack = memory if isinstance(memory, MemoryPack) else MemoryPack.open(memory)
             pack = pack.with_settings(variant=variant, neighbors=neighbors, similarity=similarity)
@@ -221,46 +224,13 @@ class Model:
                 fix="Cut the text into shorter sequences.",
             )
 
-    def _engine(self, file: str) -> OrtEngine:
-        """The engine of a graph of the bundle, loaded once."""
-        if file not in self._engines:
-            self._engines[file] = OrtEngine(self.bundle.file(file), threads=self._threads)
-        return self._engines[file]
-
     def _layout(self, memory: MemoryPack | None) -> Layout:
-        manifest = self.bundle.manifest
-        shape = manifest.architecture
         if memory is not None:
             memory.check_belongs_to(self.identity)
-        memories = _memories(memory, manifest.routing, shape.num_gates)
-        if self.layout == "fused":
-            wanted = _fused(self.bundle).gate
-            ready = tuple(_fitting(m, wanted, self.identity) for m in memories)
-            return HostLayout(
-                FusedWiring.over(shape, manifest.experts_per_token, self._segments[0], ready)
-            )
-        engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731
-        wiring = SplitWiring(
-            architecture=shape,
-            experts_per_token=manifest.experts_per_token,
-            segments=self._segments,
-            layers=tuple(segment.layers for segment in manifest.segments),
-            gates=tuple(
-                make_gate(self._backend, m, manifest.routing, manifest.experts_per_token, engine)
-                for m in memories
-            ),
+        manifest = self.bundle.manifest
+        return self._backend.layout(
+            _memories(memory, manifest.routing, manifest.architecture.num_gates)
         )
-        return HostLayout(wiring)
-
-
-def _sensible_threads(bundle: Bundle) -> int | None:
-    """One for segments below `SMALL_SEGMENT` bytes of weights, else what ONNX Runtime takes.
-
-    An operator of some microseconds gains nothing from a second thread, and waits a whole time
-    slice for it when another program holds the core.
-    """
-    sizes = (spec.size for name, spec in bundle.manifest.files.items() if "segments/" in name)
-    return 1 if max(sizes) < SMALL_SEGMENT else None
 
 
 def _generation_config(bundle: Bundle) -> GenerationConfig:
@@ -291,28 +261,3 @@ def _memories(
         pack.gate_memory(covered[gate], rule) if pack and gate in covered else None
         for gate in range(num_gates)
     )
-
-
-def _fused(bundle: Bundle) -> FusedSpec:
-    if bundle.manifest.fused is None:
-        raise BackendError(
-            bundle.path,
-            "this bundle has no fused graph",
-            fix="Export it again without --no-fused, or load it with layout='split'.",
-        )
-    return bundle.manifest.fused
-
-
-def _fitting(memory: GateMemory | None, wanted: str, model: ModelIdentity) -> GateMemory:
-    """A memory that the fused graph can take; an empty one stands for the frozen router."""
-    if memory is None:
-        return GateMemory.empty(model.hidden_size, model.num_experts)
-    if graph_name(memory) != wanted:
-        raise BackendError(
-            "layout 'fused'",
-            "its gates are of another kind than this memory",
-            expected=wanted,
-            found=graph_name(memory),
-            fix="Load the model with layout='split', which takes every kind.",
-        )
-    return memory

@@ -86,7 +86,7 @@ def test_what_is_in_the_way_is_refused(tmp_path):
         ("file", {"overwrite": True}, "not a directory"),
         ("link", {"overwrite": True}, "symbolic link"),
         ("full", {}, "not empty"),
-        ("full", {"overwrite": True}, "neither a bundle nor a memory pack"),
+        ("full", {"overwrite": True}, "no bundle, memory pack or engine set"),
     ):
         with pytest.raises(OutputError, match=problem) as caught:
             make(tmp_path / name, "", **options)

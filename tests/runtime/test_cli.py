@@ -18,7 +18,8 @@ from knnmoe.runtime.calibration import VARIANTS
 from knnmoe.runtime.cli import LazyGroup, main
 from knnmoe.runtime.commands import common
 from knnmoe.runtime.gates.select import BACKENDS
-from knnmoe.runtime.model import LAYOUTS, Model
+from knnmoe.runtime.host import LAYOUTS
+from knnmoe.runtime.model import Model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Running on a CUDA device: resident memory, gates on kernels, engines on one stream."""

@@ -1,0 +1,123 @@
+"""One CUDA device as the runtime uses it: one stream, buffers, graphs. Everything through CuPy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnmoe.trt_plugins.cupy_prototype import import_cupy
+
+from ..atomic import readable_size
+from ..engines.base import Array, Run
+from ..errors import DeviceError
+
+ALIGNMENT = 256  # of every array that an engine or a kernel is given
+_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Captured work; `launch` replays it on the stream it was captured on."""
+
+    launch: Run
+
+
+class Cuda:
+    """A device with the one stream that all work of a model goes to.
+
+    Work of several threads takes turns: a step holds `lock` from its upload to its download.
+
+    Args:
+        cupy, cupyx: The modules; imported if not given.
+
+    Raises:
+        BackendError: If CuPy, a driver or a device is missing.
+    """
+
+    def __init__(self, *, cupy: Any = None, cupyx: Any = None) -> None:
+        self.cupy = import_cupy() if cupy is None else cupy
+        self.cupyx = import_module("cupyx") if cupyx is None else cupyx
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.side = self.cupy.cuda.Stream(non_blocking=True)  # for uploads while steps go on
+        self.lock = threading.RLock()
+
+    @property
+    def capability(self) -> str:
+        """Compute capability, as `86`."""
+        return str(self.cupy.cuda.Device().compute_capability)
+
+    @property
+    def driver(self) -> str:
+        """Version of the CUDA driver, as `13000`."""
+        return str(self.cupy.cuda.runtime.driverGetVersion())
+
+    @contextmanager
+    def current(self, stream: Any = None) -> Iterator[None]:
+        """Make the stream CuPy's current one; running out of memory becomes a stated failure."""
+        try:
+            with self.stream if stream is None else stream:
+                yield
+        except self.cupy.cuda.memory.OutOfMemoryError as error:
+            free, total = self.cupy.cuda.Device().mem_info
+            raise DeviceError(
+                "device memory", "not enough is free", found=f"{error}; {readable_size(free)} of "
+                f"{readable_size(total)} free", fix="Use a smaller context, batch or memory, or "
+                "close what else uses the device; the CPU can run the same bundle.",
+            ) from error  # fmt: skip
+
+    def zeros(self, shape: Any, dtype: Any) -> Array:
+        """An array of zeros on the device."""
+        with self.current():
+            return self.cupy.zeros(shape, dtype)
+
+    def bytes(self, count: int, *, stream: Any = None) -> Array:
+        """Uninitialised memory on the device, at least one byte, first used on that stream."""
+        with self.current(stream):
+            return self.cupy.empty(max(count, 1), np.uint8)
+
+    def pinned(self, shape: Any, dtype: Any) -> NDArray[Any]:
+        """An array of zeros on the host that the device can copy from and to by itself."""
+        array: NDArray[Any] = self.cupyx.zeros_pinned(shape, dtype)
+        return array
+
+    def upload(self, host: NDArray[Any], device: Array, *, stream: Any = None) -> None:
+        """Copy to the device, on a stream; a pinned `host` must not change until it is done."""
+        self._copy(device.data.ptr, host.ctypes.data, host, device, _HOST_TO_DEVICE, stream)
+
+    def download(self, device: Array, host: NDArray[Any]) -> None:
+        """Copy from the device, on the stream; `synchronize` before reading."""
+        self._copy(host.ctypes.data, device.data.ptr, host, device, _DEVICE_TO_HOST)
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy on the device, on the stream."""
+        self._copy(target.data.ptr, source.data.ptr, source, target, _DEVICE_TO_DEVICE)
+
+    def _copy(
+        self, to: int, of: int, one: Array, other: Array, kind: int, stream: Any = None
+    ) -> None:
+        contiguous = one.flags.c_contiguous and other.flags.c_contiguous
+        if one.nbytes != other.nbytes or not contiguous:
+            raise ValueError(f"cannot copy between {one.shape} and {other.shape}")
+        pointer = (self.stream if stream is None else stream).ptr
+        self.cupy.cuda.runtime.memcpyAsync(to, of, one.nbytes, kind, pointer)
+
+    def synchronize(self) -> None:
+        """Wait until the stream is empty."""
+        self.stream.synchronize()
+
+    def capture(self, run: Callable[[], None]) -> Graph:
+        """Record what `run` puts on the stream, without running it."""
+        with self.current():
+            self.stream.begin_capture()
+            try:
+                run()
+            finally:
+                graph = self.stream.end_capture()
+        return Graph(lambda: graph.launch(self.stream))

@@ -1,0 +1,137 @@
+"""Where a bundle runs on the host: ONNX Runtime's CPU provider, in one of the two layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+from .blend import GateMemory
+from .bundle import Bundle, FusedSpec
+from .engines.onnxruntime import OrtEngine
+from .errors import BackendError
+from .gates.onnx import graph_name
+from .gates.select import Backend, EngineOf, make_gate
+from .layouts import FusedWiring, HostLayout, Layout, SplitWiring
+
+LayoutName = Literal["split", "fused"]
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
+SMALL_SEGMENT = 16 << 20
+
+
+class ModelBackend(Protocol):
+    """Makes layouts of one bundle on one device."""
+
+    @property
+    def layout_name(self) -> LayoutName:
+        """`split` or `fused`."""
+
+    def layout(self, memories: Sequence[GateMemory | None]) -> Layout:
+        """The model with these memories, one a gate; None for a gate that routes frozen.
+
+        May be the layout of the last call, with the memories put in place; if that fails, the last
+        layout is as it was.
+        """
+
+
+class HostBackend:
+    """ONNX Runtime on the CPU; loads each graph once.
+
+    Args:
+        bundle: What to run.
+        layout: `split` or `fused`.
+        gate: Backend of the gates in the split layout.
+        threads: Of one operator; None takes the physical cores, or one for a tiny model.
+
+    Raises:
+        BackendError: If the layout is unknown, not in the bundle, or ONNX Runtime refuses a graph.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        layout: LayoutName = "split",
+        gate: Backend = "auto",
+        threads: int | None = None,
+    ) -> None:
+        check_layout(layout)
+        self.layout_name = layout
+        self._bundle, self._gate = bundle, gate
+        self._threads = threads if threads is not None else _sensible_threads(bundle)
+        self._engines: dict[str, OrtEngine] = {}
+        segments = bundle.manifest.segments
+        files = [fused_spec(bundle).file] if layout == "fused" else [s.file for s in segments]
+        self._segments = tuple(self._engine(file) for file in files)
+
+    def layout(self, memories: Sequence[GateMemory | None]) -> HostLayout:
+        """See `ModelBackend.layout`; always a new one."""
+        manifest = self._bundle.manifest
+        shape, room = manifest.architecture, manifest.experts_per_token
+        if self.layout_name == "fused":
+            ready = tuple(fused_memory(self._bundle, memory) for memory in memories)
+            return HostLayout(FusedWiring.over(shape, room, self._segments[0], ready))
+        engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731
+        wiring = SplitWiring(
+            architecture=shape,
+            experts_per_token=room,
+            segments=self._segments,
+            layers=tuple(segment.layers for segment in manifest.segments),
+            gates=tuple(
+                make_gate(self._gate, memory, manifest.routing, room, engine) for memory in memories
+            ),
+        )
+        return HostLayout(wiring)
+
+    def _engine(self, file: str) -> OrtEngine:
+        """The engine of a graph of the bundle, loaded once."""
+        if file not in self._engines:
+            self._engines[file] = OrtEngine(self._bundle.file(file), threads=self._threads)
+        return self._engines[file]
+
+
+def check_layout(layout: str) -> None:
+    """Raise `BackendError` unless there is such a layout."""
+    if layout not in LAYOUTS:
+        raise BackendError("layout", "unknown", expected=LAYOUTS, found=layout)
+
+
+def fused_spec(bundle: Bundle) -> FusedSpec:
+    """The fused graph of a bundle; `BackendError` if it has none."""
+    if bundle.manifest.fused is None:
+        raise BackendError(
+            bundle.path,
+            "this bundle has no fused graph",
+            fix="Export it again without --no-fused, or load it with layout='split'.",
+        )
+    return bundle.manifest.fused
+
+
+def fused_memory(bundle: Bundle, memory: GateMemory | None) -> GateMemory:
+    """A memory that the fused graph can take; an empty one stands for the frozen router.
+
+    Raises:
+        BackendError: If the memory is of another kind than the gates in the graph.
+    """
+    shape = bundle.manifest.architecture
+    if memory is None:
+        return GateMemory.empty(shape.hidden_size, shape.num_experts)
+    wanted = fused_spec(bundle).gate
+    if graph_name(memory) != wanted:
+        raise BackendError(
+            "layout 'fused'",
+            "its gates are of another kind than this memory",
+            expected=wanted,
+            found=graph_name(memory),
+            fix="Load the model with layout='split', which takes every kind.",
+        )
+    return memory
+
+
+def _sensible_threads(bundle: Bundle) -> int | None:
+    """One for segments below `SMALL_SEGMENT` bytes of weights, else what ONNX Runtime takes.
+
+    An operator of some microseconds gains nothing from a second thread, and waits a whole time
+    slice for it when another program holds the core.
+    """
+    sizes = (spec.size for name, spec in bundle.manifest.files.items() if "segments/" in name)
+    return 1 if max(sizes) < SMALL_SEGMENT else None
