@@ -157,6 +157,21 @@ class GraphBuilder:
         return {domain: 1 if domain else self._opset for domain in sorted(self._domains)}
 
 
+def keep_names_apart(function: ir.Function) -> ir.Function:
+    """Give a function's inner values names that no graph has.
+
+    They are names of the function's own, but TensorRT's parser looks them up among those of the
+    graph that calls it: where both have a name, it connects the wrong tensors.
+    """
+    outputs = set(function.outputs)
+    for node in function:
+        node.name = f"{function.name}/{node.name}"
+        for value in node.outputs:
+            if value not in outputs:
+                value.name = f"{function.name}/{value.name}"
+    return function
+
+
 def save(model: ir.Model, path: Path) -> None:
     """Write a model; its weights stay where they are."""
     ir.save(model, path)

@@ -1,0 +1,131 @@
+"""The `std` lowering: standard ONNX operators only, for TensorRT and ONNX Runtime's CUDA provider.
+
+The weights are those of the bundle, where they lie; float16 graphs cast them, and both hosts fold
+the cast when they load the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from knnmoe.export.architecture import Architecture
+from knnmoe.export.graph import GraphBuilder, StoredTensor
+from knnmoe.runtime.bundle import TensorSpec
+
+from .base import CacheSpecs, Pair, Stream, cache_pair
+from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, layer_name
+from .std_attention import ATTENTION, Heads
+from .std_experts import EXPERTS
+from .std_ops import Operators, StdOps, StdOptions
+
+OPSETS: dict[Operators, int] = {"primitive": 20, "modern": 24}
+PAST_LENGTHS = TensorSpec("past_lengths", "int64", ("batch",))
+
+
+class StdLowering:
+    """Appends the parts of one model to a graph; see `Lowering`.
+
+    Args:
+        g: The graph under construction, of the opset that `OPSETS` has for the operators.
+        architecture: The model's.
+        stored: Where each weight lies, by its name in `ort_weights`.
+        options: What the graph is made for.
+    """
+
+    def __init__(
+        self,
+        g: GraphBuilder,
+        architecture: Architecture,
+        stored: Mapping[str, StoredTensor],
+        options: StdOptions,
+    ) -> None:
+        self._ops = StdOps(g, architecture, stored, options)
+        self._options = options
+        self._attend = ATTENTION[options.operators]
+        self._experts = EXPERTS[options.experts]
+
+    @property
+    def step_inputs(self) -> tuple[TensorSpec, ...]:
+        """The tokens of each sequence that are in the cache already."""
+        return (PAST_LENGTHS,)
+
+    def cache(self, layer: int) -> CacheSpecs:
+        """The cache going in; and coming out the same (`modern`), or what is new (`primitive`)."""
+        heads, size = self._ops.a.shape.num_kv_heads, self._ops.a.shape.head_size
+        capacity = self._options.capacity or "capacity"
+        whole, new = (("batch", heads, length, size) for length in (capacity, "sequence"))
+        dtype = self._options.precision
+        past = cache_pair("past", layer, dtype, whole)
+        if self._options.operators == "modern":
+            return CacheSpecs(past, cache_pair("present", layer, dtype, whole))
+        return CacheSpecs(past, cache_pair("new", layer, dtype, new))
+
+    def embed(self, input_ids: ir.Value) -> ir.Value:
+        """See `Lowering.embed`."""
+        ops = self._ops
+        return ops.widen(ops.g.op("Gather", ops.narrow_weight(EMBEDDING), input_ids, axis=0))
+
+    def first_norm(self, hidden: ir.Value, layer: int) -> ir.Value:
+        """See `Lowering.first_norm`."""
+        return self._ops.norm(hidden, layer_name(layer, "input_norm"))
+
+    def attention(
+        self,
+        hidden: ir.Value,
+        normed: ir.Value,
+        layer: int,
+        past: Pair,
+        step: Sequence[ir.Value],
+    ) -> tuple[Stream, Pair]:
+        """See `Lowering.attention`."""
+        ops = self._ops
+        (past_lengths,) = step
+        heads = self._heads(normed, layer)
+        attended, cached = self._attend(ops, heads, past, past_lengths)
+        projected = ops.linear(ops.flat(attended, ops.a.query_width), layer_name(layer, "output"))
+        hidden = ops.g.op("Add", hidden, ops.like(projected, hidden))
+        router_input = ops.norm(hidden, layer_name(layer, "router_norm"))
+        return Stream(hidden, ops.flat(router_input, ops.a.shape.hidden_size)), cached
+
+    def router(self, router_input: ir.Value, layer: int) -> ir.Value:
+        """See `Lowering.router`; float32 in every precision, as the router decides."""
+        weight = self._ops.weight(layer_name(layer, "router"))
+        return self._ops.g.op("Gemm", router_input, weight, transB=1)
+
+    def experts(
+        self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
+    ) -> ir.Value:
+        """See `Lowering.experts`."""
+        mixed = self._experts(self._ops, stream.router_input, expert_ids, expert_weights, layer)
+        return self._ops.like(mixed, stream.hidden)
+
+    def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> Pair:
+        """See `Lowering.next_norm`."""
+        hidden = self._ops.g.op("Add", hidden, mixed)
+        return hidden, self.first_norm(hidden, layer)
+
+    def logits(self, hidden: ir.Value, mixed: ir.Value, logit_rows: ir.Value) -> ir.Value:
+        """See `Lowering.logits`."""
+        ops = self._ops
+        flat = ops.flat(ops.g.op("Add", hidden, mixed), ops.a.shape.hidden_size)
+        rows = ops.norm(ops.g.op("Gather", flat, logit_rows, axis=0), FINAL_NORM)
+        return ops.linear(rows, EMBEDDING if ops.a.tied_head else HEAD)
+
+    def _heads(self, normed: ir.Value, layer: int) -> Heads:
+        """normed [B, S, D] → query, key and value by head."""
+        g, ops, a = self._ops.g, self._ops, self._ops.a
+        widths = (a.query_width, a.kv_width, a.kv_width)
+        packed = ops.linear(ops.flat(normed, a.shape.hidden_size), layer_name(layer, "qkv"))
+        query, key, value = g.ops("Split", packed, g.ints(*widths), count=3, axis=1)
+        query = ops.norm(query, layer_name(layer, "query_norm"))
+        key = ops.norm(key, layer_name(layer, "key_norm"))
+        batch = g.op("Shape", normed, start=0, end=2)
+        parts = []
+        for part, width in zip((query, key, value), widths, strict=True):
+            if a.clip_qkv is not None:
+                part = g.op("Clip", part, ops.number(-a.clip_qkv), ops.number(a.clip_qkv))
+            size = g.ints(width // a.shape.head_size, a.shape.head_size)
+            parts.append(g.op("Reshape", part, g.op("Concat", batch, size, axis=0)))
+        return Heads(*parts)

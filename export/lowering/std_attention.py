@@ -1,0 +1,191 @@
+"""Attention over a cache of fixed capacity, in the operators of the `std` lowering.
+
+Token s of sequence b stands at position past_lengths[b] + s. It sees the columns of the cache below
+past_lengths[b] and the tokens of the step up to itself. So a row of padding behind the tokens of a
+sequence is seen by none of them, and sees at least itself: no row of the softmax is empty. Columns
+that nobody sees are still multiplied by a weight of zero: they must hold finite numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .base import Pair
+from .ort_weights import ROPE_COS, ROPE_SIN
+from .std_ops import Operators, StdOps
+
+_UNSEEN = -1e30  # a score whose exponential is 0 beside any other
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What attention computes with: float32, before the rotary embedding.
+
+    Attributes:
+        query: [B, S, heads, head size].
+        key, value: [B, S, KV heads, head size].
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+
+
+def primitive_attention(
+    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value
+) -> tuple[ir.Value, Pair]:
+    """Attention in products and a softmax: (attended [B, S, heads, head size], (key, value)).
+
+    The pair is what the step adds to the cache, [B, KV heads, S, head size] each; the cache itself
+    is read where it lies. The queries that share a key head are rows of one product, so that keys
+    are not repeated.
+    """
+    g, shape = ops.g, ops.a.shape
+    group = shape.num_heads // shape.num_kv_heads
+    scaled = g.op("Mul", _rotated(ops, heads.query, past_lengths), ops.number(_scale(ops)))
+    batch = g.op("Shape", heads.query, start=0, end=2)
+    grouped = g.op("Concat", batch, g.ints(shape.num_kv_heads, group, shape.head_size), axis=0)
+    query = g.op("Transpose", g.op("Reshape", scaled, grouped), perm=[0, 2, 1, 3, 4])
+    rows = g.ints(0, 0, -1, shape.head_size)  # [B, KV heads, S · group, head size]
+    query = ops.narrow(g.op("Reshape", query, rows))
+    rotated = _rotated(ops, heads.key, past_lengths)
+    key, value = (_by_head(ops, ops.narrow(part)) for part in (rotated, heads.value))
+    seen_past = ops.once("seen of the past", lambda: _seen_past(ops, past[0], past_lengths))
+    seen_new = ops.once("seen of the new", lambda: _seen_new(ops, key, group))
+    scores = g.op(
+        "Concat",
+        _scores(ops, query, past[0], seen_past),
+        _scores(ops, query, key, seen_new),
+        axis=-1,
+    )
+    weights = ops.narrow(g.op("Softmax", scores, axis=-1))
+    capacity = g.op("Shape", past[0], start=2, end=3)
+    end, axis = g.ints(np.iinfo(np.int64).max), g.ints(-1)
+    of_past = g.op("Slice", weights, g.ints(0), capacity, axis)
+    of_new = g.op("Slice", weights, capacity, end, axis)
+    attended = g.op(
+        "Add",
+        ops.widen(g.op("MatMul", of_past, past[1])),
+        ops.widen(g.op("MatMul", of_new, value)),
+    )
+    back = g.op(
+        "Concat", g.op("Shape", key, start=0, end=3), g.ints(group, shape.head_size), axis=0
+    )
+    attended = g.op("Transpose", g.op("Reshape", attended, back), perm=[0, 2, 1, 3, 4])
+    return g.op("Reshape", attended, g.op("Shape", heads.query)), (key, value)
+
+
+def modern_attention(
+    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value
+) -> tuple[ir.Value, Pair]:
+    """Attention by operators of opset 24: (attended [B, S, heads, head size], (key, value)).
+
+    The pair is the whole cache after the step, which TensorScatter has written into; past and
+    present are bound to one buffer. Its capacity must have room for all S rows of every sequence,
+    padding included. The softmax of float16 scores has the precision the host gives it: TensorRT
+    refuses the attribute that would ask for float32.
+    """
+    g = ops.g
+    query, key = (
+        ops.narrow(_rotary_embedding(ops, part, past_lengths)) for part in (heads.query, heads.key)
+    )
+    value = _by_head(ops, ops.narrow(heads.value))
+    keys, values = (
+        g.op("TensorScatter", cached, added, past_lengths, axis=2)
+        for cached, added in zip(past, (key, value), strict=True)
+    )
+    seen = ops.once("seen", lambda: _seen(ops, past[0], heads.query, past_lengths))
+    attended = g.op("Attention", query, keys, values, seen)
+    return ops.widen(_by_head(ops, attended)), (keys, values)
+
+
+Attention = Callable[[StdOps, Heads, Pair, ir.Value], tuple[ir.Value, Pair]]
+
+ATTENTION: dict[Operators, Attention] = {
+    "primitive": primitive_attention,
+    "modern": modern_attention,
+}
+
+
+def _scale(ops: StdOps) -> float:
+    return float(1 / np.sqrt(ops.a.shape.head_size))
+
+
+def _by_head(ops: StdOps, value: ir.Value) -> ir.Value:
+    """[B, S, heads, head size] ↔ [B, heads, S, head size]."""
+    return ops.g.op("Transpose", value, perm=[0, 2, 1, 3])
+
+
+def _positions(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
+    """Positions [B, S] of part [B, S, …]; padding beyond the tables stays at their end."""
+
+    def make() -> ir.Value:
+        g = ops.g
+        start = g.op("Unsqueeze", past_lengths, g.ints(1))
+        positions = g.op("Add", start, ops.axis_range(part, 1))
+        return g.op("Min", positions, g.constant(ops.a.shape.max_positions - 1, np.int64))
+
+    return ops.once("positions", make)
+
+
+def _rotated(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
+    """The rotary embedding of part [B, S, n, head size]: each head's halves are the two axes."""
+    g, half = ops.g, ops.a.shape.head_size // 2
+    positions = _positions(ops, part, past_lengths)
+
+    def turns(table: str) -> ir.Value:
+        """Cosines or sines, [B, S, 1, head size / 2]."""
+        rows = g.op("Gather", ops.weight(table), positions, axis=0)
+        return g.op("Unsqueeze", rows, g.ints(2))
+
+    cos = ops.once("cosines", lambda: turns(ROPE_COS))
+    sin = ops.once("sines", lambda: turns(ROPE_SIN))
+    first, second = g.ops("Split", part, g.ints(half, half), count=2, axis=-1)
+    turned = (
+        g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
+        g.op("Add", g.op("Mul", first, sin), g.op("Mul", second, cos)),
+    )
+    return g.op("Concat", *turned, axis=-1)
+
+
+def _rotary_embedding(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
+    """The rotary embedding of part [B, S, n, head size], as [B, n, S, head size]."""
+    positions = _positions(ops, part, past_lengths)
+    tables = (ops.weight(ROPE_COS), ops.weight(ROPE_SIN))
+    return ops.g.op("RotaryEmbedding", _by_head(ops, part), *tables, positions)
+
+
+def _scores(ops: StdOps, query: ir.Value, keys: ir.Value, seen: ir.Value) -> ir.Value:
+    """query [B, n, rows, head size] by keys [B, n, columns, head size], where they are seen."""
+    g = ops.g
+    product = g.op("MatMul", query, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    return g.op("Where", seen, ops.widen(product), ops.number(_UNSEEN))
+
+
+def _seen_past(ops: StdOps, keys: ir.Value, past_lengths: ir.Value) -> ir.Value:
+    """Which columns of the cache are tokens, [B, 1, 1, capacity]."""
+    g = ops.g
+    lengths = g.op("Unsqueeze", past_lengths, g.ints(1, 2, 3))
+    return g.op("Less", ops.axis_range(keys, 2), lengths)
+
+
+def _seen_new(ops: StdOps, key: ir.Value, group: int) -> ir.Value:
+    """Which of the step's tokens the rows see, [S · group, S]."""
+    g = ops.g
+    tokens = ops.axis_range(key, 2)
+    rows = g.op("Unsqueeze", tokens, g.ints(1))
+    if group > 1:
+        size = g.op("Concat", g.op("Shape", tokens), g.ints(group), axis=0)
+        rows = g.op("Reshape", g.op("Expand", rows, size), g.ints(-1, 1))
+    return g.op("GreaterOrEqual", rows, tokens)
+
+
+def _seen(ops: StdOps, keys: ir.Value, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
+    """Which columns of the cache the rows see, [B, 1, S, capacity]."""
+    g = ops.g
+    rows = g.op("Unsqueeze", _positions(ops, part, past_lengths), g.ints(1, 3))
+    return g.op("LessOrEqual", ops.axis_range(keys, 2), rows)

@@ -1,0 +1,86 @@
+"""The experts of a gate in matrix products: SwiGLU, with each token's own experts and weights.
+
+Stored are gate and up as [E, 2F, D], their rows taking turns, and down as [E, D, F].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from .ort_weights import layer_name
+from .std_ops import Experts, StdOps
+
+
+def gathered_experts(
+    ops: StdOps, rows: ir.Value, ids: ir.Value, weights: ir.Value, layer: int
+) -> ir.Value:
+    """rows [T, D], ids and weights [T, k] → [T, D], with k experts' weights gathered a token.
+
+    All k products of a token are one product of the gathered rows by it, so it reads and computes
+    what it needs and no more; but T tokens read k·T experts, whether they share them or not.
+    """
+    g, hidden, width = ops.g, ops.a.shape.hidden_size, ops.a.expert_width
+    gate_up = g.op("Gather", ops.narrow_weight(layer_name(layer, "gate_up")), ids, axis=0)
+    down = g.op("Gather", ops.narrow_weight(layer_name(layer, "down")), ids, axis=0)
+    column = g.op("Unsqueeze", ops.narrow(rows), g.ints(2))  # [T, D, 1]
+    tall = g.op("Reshape", gate_up, g.ints(0, -1, hidden))  # [T, k · 2F, D]
+    product = g.op("MatMul", tall, column)
+    count = g.op("Shape", ids)
+    inner = _activated(ops, product, weights, g.op("Concat", count, g.ints(width), axis=0))
+    outer = g.op("MatMul", down, g.op("Unsqueeze", inner, g.ints(3)))  # [T, k, D, 1]
+    mixed = g.op("ReduceSum", ops.widen(outer), g.ints(1), keepdims=0)
+    return g.op("Squeeze", mixed, g.ints(2))
+
+
+def dense_experts(
+    ops: StdOps, rows: ir.Value, ids: ir.Value, weights: ir.Value, layer: int
+) -> ir.Value:
+    """rows [T, D], ids and weights [T, k] → [T, D], with every expert run on every token.
+
+    Two products over the weights of all experts, as of one wide layer: every weight is read once
+    a step, however many tokens there are.
+    """
+    g, a = ops.g, ops.a
+    hidden, width, count = a.shape.hidden_size, a.expert_width, a.shape.num_experts
+    gate_up = ops.narrow_weight(layer_name(layer, "gate_up"))
+    gate_up = g.op("Reshape", gate_up, g.ints(count * 2 * width, hidden))
+    down = g.op("Transpose", ops.narrow_weight(layer_name(layer, "down")), perm=[1, 0, 2])
+    down = g.op("Reshape", down, g.ints(hidden, count * width))
+    product = g.op("Gemm", ops.narrow(rows), gate_up, transB=1)
+    inner = _activated(ops, product, _by_expert(ops, ids, weights), g.ints(-1, count, width))
+    inner = g.op("Reshape", inner, g.ints(-1, count * width))
+    return ops.widen(g.op("Gemm", inner, down, transB=1))
+
+
+ExpertsOf = Callable[[StdOps, ir.Value, ir.Value, ir.Value, int], ir.Value]
+
+EXPERTS: dict[Experts, ExpertsOf] = {"gathered": gathered_experts, "dense": dense_experts}
+
+
+def _activated(ops: StdOps, product: ir.Value, weights: ir.Value, shape: ir.Value) -> ir.Value:
+    """silu(gate) · up · weight: product [T, n · 2F], weights [T, n] → [T, n, F] of that shape.
+
+    The weight is multiplied in before the down projection, which is linear. An expert of weight 0
+    contributes exactly nothing: in float16 it may have overflowed on a token that is not its own.
+    """
+    g = ops.g
+    axis, end, two = g.ints(1), g.ints(np.iinfo(np.int64).max), g.ints(2)
+    gate, up = (
+        g.op("Reshape", ops.widen(g.op("Slice", product, g.ints(first), end, axis, two)), shape)
+        for first in (0, 1)
+    )
+    weights = g.op("Unsqueeze", weights, g.ints(2))
+    active = g.op("Mul", g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up), weights)
+    unused = g.op("Equal", weights, ops.number(0.0))
+    return ops.narrow(g.op("Where", unused, ops.number(0.0), active))
+
+
+def _by_expert(ops: StdOps, ids: ir.Value, weights: ir.Value) -> ir.Value:
+    """ids and weights [T, k] → weights [T, E]; those of an id that is there twice are added."""
+    g = ops.g
+    chosen = g.op("Equal", g.op("Unsqueeze", ids, g.ints(2)), ops.expert_range())  # [T, k, E]
+    weights = g.op("Where", chosen, g.op("Unsqueeze", weights, g.ints(2)), ops.number(0.0))
+    return g.op("ReduceSum", weights, g.ints(1), keepdims=0)

@@ -1,0 +1,123 @@
+"""What the parts of the `std` lowering are made of: casts, norms and products of one precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from knnmoe.export.architecture import Architecture
+from knnmoe.export.graph import GraphBuilder, StoredTensor
+
+Operators = Literal["primitive", "modern"]
+Precision = Literal["float32", "float16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16")
+Experts = Literal["gathered", "dense"]
+
+
+@dataclass(frozen=True)
+class StdOptions:
+    """What a std graph is made for.
+
+    Attributes:
+        operators: `primitive` is opset 20 without any operator made for transformers, which
+            TensorRT 10.3 and newer parse; `modern` is opset 24 with RMSNormalization,
+            RotaryEmbedding, TensorScatter and Attention (TensorRT 10.15, TensorRT-RTX 1.7).
+        precision: Of matrix products and the key-value cache. The residual stream, norms, softmax,
+            the router and all that crosses the seam are float32 either way.
+        experts: `gathered` reads the weights of each token's own experts (few tokens); `dense` runs
+            every expert on every token and weighs (many tokens).
+        capacity: Tokens that the key-value cache has room for, or None to leave it free. TensorRT
+            takes `modern` graphs with a capacity only.
+    """
+
+    operators: Operators = "primitive"
+    precision: Precision = "float32"
+    experts: Experts = "gathered"
+    capacity: int | None = None
+
+
+class StdOps:
+    """Appends operators to a graph; values are float32 unless they were narrowed.
+
+    Args:
+        g: The graph under construction.
+        architecture: The model's.
+        stored: Where each weight lies, by its name in `ort_weights`.
+        options: What the graph is made for.
+    """
+
+    def __init__(
+        self,
+        g: GraphBuilder,
+        architecture: Architecture,
+        stored: Mapping[str, StoredTensor],
+        options: StdOptions,
+    ) -> None:
+        self.g = g
+        self.a = architecture
+        self.dtype = options.precision
+        self._stored = stored
+        self._rms_norm = options.operators == "modern"
+        self._made: dict[str, ir.Value] = {}
+
+    def once(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` appends, appended once a graph."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def weight(self, name: str) -> ir.Value:
+        """A weight as it is stored, float32."""
+        return self.g.weight(name, self._stored[name])
+
+    def narrow_weight(self, name: str) -> ir.Value:
+        """A weight of a matrix product. Both hosts fold the cast when they load the graph."""
+        return self.once(f"narrow {name}", lambda: self.narrow(self.weight(name)))
+
+    def narrow(self, value: ir.Value) -> ir.Value:
+        """A float32 value in the precision of the matrix products."""
+        return value if self.dtype == "float32" else self.g.cast(value, self.dtype)
+
+    def widen(self, value: ir.Value) -> ir.Value:
+        """A narrowed value in float32."""
+        return value if self.dtype == "float32" else self.g.cast(value, "float32")
+
+    def number(self, content: float) -> ir.Value:
+        """A float32 scalar."""
+        return self.g.constant(content, np.float32)
+
+    def linear(self, rows: ir.Value, name: str) -> ir.Value:
+        """rows [T, in] by a weight [out, in] → [T, out]."""
+        weight = self.narrow_weight(name)
+        return self.widen(self.g.op("Gemm", self.narrow(rows), weight, transB=1))
+
+    def norm(self, value: ir.Value, name: str) -> ir.Value:
+        """Root-mean-square norm over the last axis, times the weight."""
+        g, epsilon = self.g, self.a.norm_epsilon
+        if self._rms_norm:
+            return g.op("RMSNormalization", value, self.weight(name), axis=-1, epsilon=epsilon)
+        mean = g.op("ReduceMean", g.op("Mul", value, value), g.ints(-1), keepdims=1)
+        size = g.op("Sqrt", g.op("Add", mean, self.number(epsilon)))
+        return g.op("Mul", g.op("Div", value, size), self.weight(name))
+
+    def flat(self, value: ir.Value, width: int) -> ir.Value:
+        """[B, S, …] → [T, width]."""
+        return self.g.op("Reshape", value, self.g.ints(-1, width))
+
+    def like(self, rows: ir.Value, hidden: ir.Value) -> ir.Value:
+        """rows [T, D] in the shape of hidden, [B, S, D]."""
+        return self.g.op("Reshape", rows, self.g.op("Shape", hidden))
+
+    def axis_range(self, value: ir.Value, axis: int) -> ir.Value:
+        """0, 1, … up to the size of one axis of `value`, int64."""
+        size = self.g.op("Squeeze", self.g.op("Shape", value, start=axis, end=axis + 1))
+        zero, one = (self.g.constant(number, np.int64) for number in (0, 1))
+        return self.g.op("Range", zero, size, one)
+
+    def expert_range(self) -> ir.Value:
+        """The ids of all experts, int32 [E]."""
+        return self.g.constant(np.arange(self.a.shape.num_experts), np.int32)
