@@ -238,7 +238,7 @@ def test_segments_agree_with_the_bundles_own(bundle, sequences, options):
     assert router_logits <= 1e-4
 
 
-# Measured: logits 0.005, and 0.03 with the tied head, whose logits are larger; router logits 0.0024.
+# Measured: logits 0.005, and 0.03 with the tied head, where they are larger; router logits 0.0024.
 @pytest.mark.parametrize("options", WAYS, ids=lambda o: f"{o.operators}-{o.experts}")
 def test_float16_segments_agree_where_the_experts_are_the_same(bundle, sequences, options):
     half = replace(options, precision="float16")

@@ -1,0 +1,112 @@
+"""The standard graphs are parsed and built by a real TensorRT-RTX that has no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knnmoe.export.exporter import export
+from knnmoe.runtime.bundle import GATE_GRAPHS
+
+SCRIPT = Path(__file__).parent / "std_in_tensorrt.py"
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
+
+OPERATORS, PRECISIONS, EXPERTS = (
+    ("primitive", "modern"), ("float32", "float16"), ("gathered", "dense"),
+)  # fmt: skip
+WAYS = [
+    {"operators": operators, "precision": precision, "experts": experts}
+    for operators, precision, experts in itertools.product(OPERATORS, PRECISIONS, EXPERTS)
+]
+TOKENS = {"gathered": 16, "dense": 128}
+ALL = ["SM86", "SM89", "SM120"]
+
+Builder = Callable[[Path, list[dict[str, Any]]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    spec = find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None or find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("tensorrt-rtx is not installed")
+    libraries, links = Path(spec.origin).parent, tmp_path_factory.mktemp("links")
+    (found,) = libraries.glob("libtensorrt_rtx.so.?")
+    (links / "libtensorrt_rtx.so").symlink_to(found)
+
+    def run(bundle: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, bundle, json.dumps(jobs)],
+            capture_output=True, text=True, check=False, timeout=600,
+            env={**os.environ, "LD_LIBRARY_PATH": f"{links}:{libraries}"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        for result in results:
+            assert "errors" not in result, result
+            assert result.get("bytes", 1) > 0, (result, done.stderr[-4000:])
+        return results
+
+    return run
+
+
+def job(graph: object, way: dict[str, str], *capabilities: str) -> dict[str, Any]:
+    """Without capabilities the graph is parsed only."""
+    tokens = TOKENS[way["experts"]]
+    return {"graph": str(graph), **way, "tokens": tokens, "capabilities": list(capabilities)}
+
+
+def test_every_segment_is_parsed_as_what_it_is(tensorrt: Builder, tiny_bundle: Path) -> None:
+    for result in tensorrt(tiny_bundle, [job(i, way) for way in WAYS for i in range(4)]):
+        made_for_transformers = {"ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING"}
+        modern = result["operators"] == "modern" and result["graph"] != "3"
+        found = made_for_transformers & set(result["layers"])
+        assert found == (made_for_transformers if modern else set())
+
+
+def test_a_segment_is_built_in_float16_and_where_no_fused_attention_is(
+    tensorrt: Builder, tiny_bundle: Path
+) -> None:
+    half = [way for way in WAYS if way["precision"] == "float16"]
+    unfused = {"operators": "modern", "precision": "float32", "experts": "dense"}
+    tensorrt(tiny_bundle, [job(1, way, "SM86") for way in (*half, unfused)])
+
+
+@pytest.mark.slow
+def test_every_segment_is_built_for_three_architectures(
+    tensorrt: Builder, tiny_bundle: Path
+) -> None:
+    tensorrt(tiny_bundle, [job(i, way, *ALL) for way in WAYS for i in range(4)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operators", OPERATORS)
+def test_the_blend_is_built_as_a_function_where_there_is_no_plugin(
+    tensorrt: Builder, tiny_bundle: Path, operators: str
+) -> None:
+    way = {"operators": operators, "precision": "float16", "experts": "gathered"}
+    graphs = ["fused", *(f"gate {name}" for name in GATE_GRAPHS)]
+    for result in tensorrt(tiny_bundle, [job(graph, way, *ALL) for graph in graphs]):
+        assert "PLUGIN_V3" not in result["layers"]
+
+
+@pytest.mark.slow
+def test_a_float16_engine_holds_its_weights_in_float16(tensorrt: Builder, tmp_path: Path) -> None:
+    export(DEMO, tmp_path / "demo")
+    results = tensorrt(tmp_path / "demo", [job(i, way, *ALL) for way in WAYS for i in range(5)])
+    sizes = {
+        (r["graph"], r["operators"], r["experts"], r["precision"]): r["bytes"] for r in results
+    }
+    stored = (tmp_path / "demo" / "segments" / "04.safetensors").stat().st_size
+    for operators, experts in itertools.product(OPERATORS, EXPERTS):
+        # The last segment is all weights of products, but for one norm.
+        whole, half = (sizes["4", operators, experts, precision] for precision in PRECISIONS)
+        assert whole - half == pytest.approx(stored / 2, rel=0.1)
