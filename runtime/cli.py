@@ -25,12 +25,18 @@ class LazyGroup(click.Group):
     """
 
     lazy: dict[str, tuple[str, str, str, str]] = {  # noqa: RUF012 - a constant
+        "engines": (
+            "knnmoe.export.engines.cli",
+            "engines",
+            "Build TensorRT engines of a bundle, and look at them.",
+            "export",
+        ),
         "memory": (
             "knnmoe.calibration.cli",
             "memory",
             "Build, inspect and calibrate memories.",
             "train",
-        )
+        ),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -70,6 +70,12 @@ def print_error(error: KnnMoeError) -> None:
         click.echo(f"  {printable(error.fix)}", err=True)
 
 
+def print_note(text: str) -> None:
+    """Print something a person should know, on standard error."""
+    click.secho("note: ", fg="yellow", bold=True, nl=False, err=True)
+    click.echo(printable(text), err=True)
+
+
 def printable(text: str) -> str:
     """Text that may come from a stranger's file, without what a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

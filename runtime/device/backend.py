@@ -17,7 +17,7 @@ from ..blend import GateMemory
 from ..bundle import Bundle, describe_file
 from ..engines.base import Array, Engine
 from ..engines.engine_set import EngineSet, check_producer, find_engines
-from ..errors import BackendError
+from ..errors import BackendError, SettingError
 from ..gates.base import Gate
 from ..gates.cuda import CudaGate, resident_blend
 from ..gates.onnx import OnnxGate, graph_name
@@ -102,6 +102,7 @@ class DeviceBackend:
         covered = tuple(memory is not None for memory in memories)
         if self.layout_name == "fused":
             memories = [fused_memory(self._bundle, memory) for memory in memories]
+            self._check_neighbors(memories)
         last, resident = self._layout, self._resident
         if last and resident and covered == self._covered and resident.fits(memories):
             resident.swap(memories)
@@ -117,6 +118,17 @@ class DeviceBackend:
         layout = self._new_layout(resident)
         self._resident, self._layout, self._covered = resident, layout, covered
         return layout
+
+    def _check_neighbors(self, memories: Sequence[GateMemory | None]) -> None:
+        """Engines without the plugin look for a fixed number of neighbours."""
+        fixed = self._set.neighbors
+        asked = {memory.k for memory in memories if memory is not None and memory.n_valid}
+        if fixed is not None and not asked <= {fixed}:
+            raise SettingError(
+                "neighbors", "the engines were built for another K", expected=fixed,
+                found=sorted(asked), fix=f"Build them with the plugin or with --neighbors "
+                f"{max(asked)}, or load the memory with neighbors={fixed}.",
+            )  # fmt: skip
 
     def _new_layout(self, resident: ResidentMemory) -> DeviceLayout:
         phases = self._set.phases
@@ -187,8 +199,7 @@ class DeviceBackend:
         capacity = resident.capacity(gate)
         if self._set.plugin is not None:
             return min(capacity, MAX_NEIGHBORS)
-        memory = resident.memories[gate]
-        return 0 if memory is None else min(memory.k, capacity)
+        return min(self._set.neighbors or MAX_NEIGHBORS, capacity)
 
     def _segment(self, file: str) -> Engine:
         engine = self._engine(file)

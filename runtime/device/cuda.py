@@ -55,8 +55,9 @@ class Cuda:
 
     @property
     def driver(self) -> str:
-        """Version of the CUDA driver, as `13000`."""
-        return str(self.cupy.cuda.runtime.driverGetVersion())
+        """The newest CUDA that the driver supports, as `13.0`."""
+        number = int(self.cupy.cuda.runtime.driverGetVersion())
+        return f"{number // 1000}.{number % 1000 // 10}"
 
     @contextmanager
     def current(self, stream: Any = None) -> Iterator[None]:

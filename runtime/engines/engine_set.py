@@ -54,11 +54,13 @@ class EngineSet:
 
     Attributes:
         path: Its directory.
+        key: sha256 of all that the engines depend on; what has the same key need not be built.
         backend, backend_version: What built the engines and can run them.
         bundle: sha256 of the bundle's manifest.
         layout: `split` or `fused`.
         precision: Of matrix products and of the key-value cache.
         keys: dtype of the memories' keys where a gate is part of an engine.
+        neighbors: K of gates inside engines without the plugin, None where K is free.
         operators: `primitive` or `modern`, which says how the cache is written.
         capabilities: Compute capabilities the engines run on, as `86`; empty: any.
         driver: That the engines were built with, for engines of one device; empty: any.
@@ -72,12 +74,14 @@ class EngineSet:
     """
 
     path: Path
+    key: str
     backend: Backend
     backend_version: str
     bundle: str
     layout: str
     precision: str
     keys: str
+    neighbors: int | None
     operators: str
     capabilities: tuple[str, ...]
     driver: str
@@ -213,12 +217,14 @@ def _parse(root: Path, top: Fields) -> EngineSet:
     plugin = top.raw("plugin")
     return EngineSet(
         path=root,
+        key=top.text("key", pattern=r"[0-9a-f]{64}"),
         backend=top.text("backend", choices=BACKENDS),  # type: ignore[arg-type] # is one of them
         backend_version=top.text("backend_version"),
         bundle=top.text("bundle", pattern=r"[0-9a-f]{64}"),
         layout=top.text("layout", choices=LAYOUTS),
         precision=top.text("precision", choices=PRECISIONS),
         keys=top.text("keys", choices=KEYS),
+        neighbors=top.integer("neighbors", 1, LARGEST) if top.has("neighbors") else None,
         operators=top.text("operators", choices=("primitive", "modern")),
         capabilities=top.texts("capabilities"),
         driver=top.text("driver"),

@@ -72,22 +72,24 @@ class Messages:
         trt = tensorrt.module
         severity = trt.ILogger.Severity
         lines: list[str] = []
-        self.lines = lines
+        warnings: list[str] = []
+        self.lines, self.warnings = lines, warnings
 
         class Logger(trt.ILogger):  # type: ignore[misc,name-defined] # a module known at run time
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, level: Any, message: str) -> None:
+                kind = warnings if level == severity.WARNING else lines
                 if level in (severity.INTERNAL_ERROR, severity.ERROR, severity.WARNING):
-                    lines.append(message)
-                    del lines[:-kept]
+                    kind.append(message)
+                    del kind[:-kept]
 
         self.logger = Logger()
 
     def last(self) -> str:
-        """The last lines, newest first, as one."""
-        return " / ".join(reversed(self.lines[-3:])) or "no message"
+        """The last errors, newest first, as one; warnings where there are none."""
+        return " / ".join(reversed((self.lines or self.warnings)[-3:])) or "no message"
 
 
 class Scratch:

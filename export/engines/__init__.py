@@ -1,0 +1,1 @@
+"""bundle → engines for one device: `knnmoe engines build`."""

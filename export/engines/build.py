@@ -1,0 +1,467 @@
+"""bundle → engine set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+
+from knnmoe import __version__
+from knnmoe.runtime.atomic import check_replaceable, new_directory
+from knnmoe.runtime.bundle import Bundle, describe_file
+from knnmoe.runtime.engines.engine_set import EngineSet, bundle_hash, cache_folder
+from knnmoe.runtime.engines.tensorrt import load_tensorrt
+from knnmoe.runtime.errors import BackendError, EngineError, KnnMoeError
+from knnmoe.runtime.probes import ask_driver
+from knnmoe.trt_plugins import library
+
+from ..graph import KNNMOE
+from ..std import StdGraph, StdModel, StdOptions
+from .settings import BuildSettings, Range, dimension_ranges, profile
+
+# (engine, phase of TensorRT's builder, step, steps), engines that are done
+Progress = Callable[[str, str, int, int], None]
+
+_KEY_TYPES = {
+    "float32": onnx.TensorProto.FLOAT,
+    "float16": onnx.TensorProto.FLOAT16,
+    "int8": onnx.TensorProto.INT8,
+}
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine of a report; `seconds` is None where it was there already."""
+
+    name: str
+    file: str
+    bytes: int
+    plugin_layers: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        engine_set: The engine set.
+        engines: Its engines, in the order of a step.
+        cached: Whether it was there already, so that nothing was built.
+        seconds: How long it took.
+        notes: What a user should know about it.
+    """
+
+    engine_set: EngineSet
+    engines: tuple[BuiltEngine, ...]
+    cached: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def plugin_layers(self) -> int:
+        """Layers of all engines that are the plugin."""
+        return sum(engine.plugin_layers for engine in self.engines)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One engine to build."""
+
+    name: str
+    phase: str  # "gate" for a gate graph, which serves both phases
+    graph: StdGraph
+    ranges: Mapping[str, Range]
+
+    def file(self, extension: str) -> str:
+        return f"{self.name}.{extension}"
+
+
+def build(
+    bundle: Bundle,
+    settings: BuildSettings,
+    *,
+    output: Path | None = None,
+    plugin: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> BuildReport:
+    """Build the engines of a bundle, unless they are there already.
+
+    Args:
+        bundle: What to build of.
+        settings: What to build.
+        output: The directory to create; in the user's cache if not given.
+        plugin: The plugin library to build with; `find_library` decides if not given.
+        overwrite: Replace an engine set that is at `output`.
+        progress: Called as TensorRT goes on.
+
+    Raises:
+        SettingError: If a setting is unknown or out of its range.
+        BackendError: If TensorRT, a device or a required plugin is missing.
+        EngineError: If TensorRT refuses a graph or ends; nothing is left behind then.
+        OutputError: If the directory cannot be written.
+    """
+    started = time.perf_counter()
+    shape = bundle.manifest.architecture
+    settings.check(shape)
+    version = _backend_version(settings)
+    capabilities, driver = _target(settings)
+    chosen, notes = _choose_plugin(settings, plugin)
+    if chosen is None:
+        settings = replace(settings, keys="float32")  # the function has no others
+    jobs = _jobs(bundle, settings, with_plugin=chosen is not None)
+    engines = EngineSet(
+        path=Path(),
+        key="",
+        backend=settings.backend,
+        backend_version=version,
+        bundle=bundle_hash(bundle),
+        layout=settings.layout,
+        precision=settings.precision,
+        keys=settings.keys,
+        neighbors=settings.neighbors if chosen is None else None,
+        operators=settings.operators,
+        capabilities=capabilities,
+        driver=driver,
+        plugin=None if chosen is None else describe_file(chosen).sha256,
+        limits=settings.limits,
+        phases={},
+        gates={},
+        plugin_layers={},
+        files={},
+        producer={"knnmoe": __version__, "onnx": onnx.__version__, "machine": platform.machine()},
+    )
+    engines = replace(engines, key=_key(engines, settings, jobs))
+    target = output or cache_folder() / engines.key[:16]
+    there = _already_there(target, bundle, engines.key)
+    if there is not None:
+        seconds = time.perf_counter() - started
+        return BuildReport(there, _listed(there, {}), True, seconds, notes)
+    if output is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        overwrite = True
+    check_replaceable(target.absolute(), overwrite=overwrite)
+    with new_directory(target, overwrite=overwrite) as directory:
+        built = _build_jobs(bundle, settings, engines, jobs, chosen, directory, progress)
+        extension = "onnx" if settings.backend == "onnxruntime" else "engine"
+        files = {job.file(extension): job for job in jobs}
+        engines = replace(
+            engines,
+            path=directory,
+            phases={
+                phase: tuple(name for name, job in files.items() if job.phase == phase)
+                for phase in settings.phases
+            },
+            gates={
+                job.name.removeprefix("gate-"): name
+                for name, job in files.items()
+                if job.phase == "gate"
+            },
+            plugin_layers={name: built[job.name]["plugin_layers"] for name, job in files.items()},
+            files={name: describe_file(directory / name) for name in files},
+        )
+        engines.write()
+    engines = replace(engines, path=target)
+    took = {job.file(extension): built[job.name]["seconds"] for job in jobs}
+    if chosen is not None and not any(engines.plugin_layers.values()):
+        notes = (*notes, "TensorRT took the ONNX function and not the plugin.")
+    elapsed = time.perf_counter() - started
+    return BuildReport(engines, _listed(engines, took), False, elapsed, notes)
+
+
+def _listed(engines: EngineSet, seconds: Mapping[str, float]) -> tuple[BuiltEngine, ...]:
+    return tuple(
+        BuiltEngine(
+            name=file.rsplit(".", 1)[0],
+            file=file,
+            bytes=spec.size,
+            plugin_layers=engines.plugin_layers[file],
+            seconds=seconds.get(file),
+        )
+        for file, spec in engines.files.items()
+    )
+
+
+def _backend_version(settings: BuildSettings) -> str:
+    if settings.backend == "onnxruntime":
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
+    return load_tensorrt(settings.backend).version
+
+
+def _target(settings: BuildSettings) -> tuple[tuple[str, ...], str]:
+    """Compute capabilities, and the driver if the engines are of this very device."""
+    if settings.backend == "onnxruntime":
+        return (), ""
+    if settings.capabilities:
+        return tuple(sorted(set(settings.capabilities), key=int)), ""
+    driver = ask_driver()
+    if not driver.devices:
+        ahead = (
+            " Or name what to build for, as --sm 86."
+            if settings.backend == "tensorrt_rtx"
+            else " Or build ahead with --backend tensorrt_rtx --sm 86."
+        )
+        raise BackendError(
+            settings.backend, "there is no CUDA device to build for", found=driver.error,
+            fix=f"Build on the target.{ahead}",
+        )  # fmt: skip
+    capability = driver.devices[0].compute_capability.replace(".", "")
+    return (capability,), ".".join(map(str, driver.cuda or ()))
+
+
+def _choose_plugin(
+    settings: BuildSettings, named: Path | None
+) -> tuple[Path | None, tuple[str, ...]]:
+    """The plugin library to build with, and what to say about it."""
+    if settings.backend == "onnxruntime":
+        return None, ()
+    found = named
+    if found is None and settings.plugin != "none":
+        try:
+            found = library.find_library()
+        except BackendError:
+            if settings.plugin == "require":
+                raise
+    if found is None:
+        note = (
+            f"Built without the plugin: TensorRT runs the gates' ONNX function, with K = "
+            f"{settings.neighbors}. `knnmoe plugin build` makes the plugin."
+            if settings.layout == "fused"
+            else "Built without the plugin: there are no gate engines, and the model runs its "
+            "gates through CuPy."
+        )
+        return None, (note,)
+    if not found.is_file():
+        raise BackendError(found, "no such plugin library", fix="Build it: `knnmoe plugin build`.")
+    return found, ()
+
+
+def _jobs(bundle: Bundle, settings: BuildSettings, *, with_plugin: bool) -> list[_Job]:
+    jobs = []
+    for phase in settings.phases:
+        options = StdOptions(
+            operators=settings.operators,  # type: ignore[arg-type] # checked
+            precision=settings.precision,  # type: ignore[arg-type] # checked
+            experts="gathered" if phase == "decode" else "dense",
+            capacity=settings.limits.context if settings.operators == "modern" else None,
+        )
+        model = StdModel.of(bundle, options)
+        ranges = dimension_ranges(settings.limits, phase)
+        if settings.layout == "fused":
+            graph = _fitted(model.fused(), settings, with_plugin=with_plugin)
+            jobs.append(_Job(f"{phase}-fused", phase, graph, ranges))
+            continue
+        jobs.extend(
+            _Job(f"{phase}-{index:02d}", phase, model.segment(index), ranges)
+            for index in range(len(bundle.manifest.segments))
+        )
+    if settings.layout == "split" and with_plugin:
+        for name in bundle.manifest.gates:
+            graph = _fitted(model.gate(name), settings, with_plugin=True)
+            jobs.append(_Job(f"gate-{name}", "gate", graph, ranges))
+    return jobs
+
+
+def _fitted(graph: StdGraph, settings: BuildSettings, *, with_plugin: bool) -> StdGraph:
+    """A graph with gates in it, for the plugin or for the function that does without.
+
+    The plugin takes keys of several types. The function does not, and TensorRT wants to know on the
+    host how many neighbours it looks for: K is written into the graph.
+    """
+    model = onnx.load_model_from_string(graph.content)
+    inputs = {value.name: value for value in model.graph.input}
+    gone = set()
+    for name, value in inputs.items():
+        stem = name.rstrip("0123456789").rstrip("_")
+        if with_plugin and stem == "keys":
+            value.type.tensor_type.elem_type = _KEY_TYPES[settings.keys]
+        elif not with_plugin and stem == "k":
+            gone.add(name)
+            fixed = np.array([settings.neighbors], np.int64)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(fixed, name))
+            model.graph.input.remove(value)
+    if with_plugin:  # what the function says of fp32 keys would be wrong of others
+        kept = [function for function in model.functions if function.domain != KNNMOE]
+        del model.functions[:]
+        model.functions.extend(kept)
+    left = tuple(spec for spec in graph.inputs if spec.name not in gone)
+    return replace(graph, content=model.SerializeToString(), inputs=left)
+
+
+def _key(engines: EngineSet, settings: BuildSettings, jobs: Sequence[_Job]) -> str:
+    """sha256 of all that the engines depend on."""
+    stated = {
+        name: value
+        for name, value in asdict(engines).items()
+        if name not in ("path", "key", "phases", "gates", "plugin_layers", "files")
+    }
+    digest = hashlib.sha256(json.dumps([stated, settings.workspace], sort_keys=True).encode())
+    for job in jobs:
+        digest.update(json.dumps([job.name, profile(job.graph.inputs, job.ranges)]).encode())
+        digest.update(hashlib.sha256(job.graph.content).digest())
+    return digest.hexdigest()
+
+
+def _already_there(target: Path, bundle: Bundle, key: str) -> EngineSet | None:
+    if not target.is_dir():
+        return None
+    try:
+        found = EngineSet.open(target, bundle)
+    except EngineError:  # something else, or damaged: built anew where it may be replaced
+        return None
+    return found if found.key == key else None
+
+
+def _build_jobs(
+    bundle: Bundle,
+    settings: BuildSettings,
+    engines: EngineSet,
+    jobs: Sequence[_Job],
+    plugin: Path | None,
+    directory: Path,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Write the engine of every job into the directory; what was built, by job."""
+    if settings.backend == "onnxruntime":
+        for job in jobs:
+            (directory / job.file("onnx")).write_bytes(job.graph.content)
+        return {job.name: {"plugin_layers": 0, "seconds": 0.0} for job in jobs}
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="knnmoe-")))
+        task: dict[str, Any] = {
+            "backend": settings.backend,
+            "plugin": None if plugin is None else str(plugin.absolute()),
+            "capabilities": settings.capabilities,
+            "workspace": settings.workspace,
+            "timing_cache": _timing_cache(engines),
+            "jobs": [],
+        }
+        for job in jobs:
+            graph = temporary / job.file("onnx")
+            graph.write_bytes(job.graph.content)
+            task["jobs"].append({
+                "name": job.name,
+                "graph": str(graph),
+                "beside": str(bundle.path.absolute() / "segments" / "graph.onnx"),
+                "output": str(directory.absolute() / job.file("engine")),
+                "profile": profile(job.graph.inputs, job.ranges),
+            })  # fmt: skip
+        file = temporary / "jobs.json"
+        file.write_text(json.dumps(task))
+        return _run_worker(file, settings, temporary, progress)
+
+
+def _timing_cache(engines: EngineSet) -> str | None:
+    """Where the builder's timings are kept; building ahead measures nothing."""
+    if engines.backend != "tensorrt":
+        return None
+    name = f"tensorrt-{engines.backend_version}-sm{engines.capabilities[0]}-{engines.driver}.cache"
+    return str(cache_folder() / "timing" / name)
+
+
+def _run_worker(
+    jobs: Path, settings: BuildSettings, temporary: Path, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "knnmoe.export.engines.worker", str(jobs)]
+    built: dict[str, dict[str, Any]] = {}
+    failure: KnnMoeError | None = None
+    log = temporary / "worker.log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True,
+            env=_environment(settings.backend, temporary),
+        ) as worker,
+    ):  # fmt: skip
+        assert worker.stdout is not None
+        try:
+            for line in worker.stdout:
+                event = _event(line)
+                if event["event"] == "progress":
+                    progress(event["name"], event["phase"], event["step"], event["steps"])
+                elif event["event"] == "built":
+                    built[event["name"]] = event
+                    progress(event["name"], "built", 1, 1)
+                elif event["event"] == "failed":
+                    failure = _failure(event, settings)
+        except BaseException:
+            worker.kill()
+            raise
+    if failure is not None:
+        raise failure
+    if worker.returncode != 0:
+        last = log.read_text(errors="replace").strip().splitlines()[-3:]
+        raise EngineError(
+            f"{settings.backend} builder", f"ended with code {worker.returncode}",
+            found=" / ".join(last) or "no message",
+            fix="Killed (-9) means that the machine ran out of memory: build with smaller "
+            "--max-context, --prefill or --workspace.",
+        )  # fmt: skip
+    return built
+
+
+def _event(line: str) -> dict[str, Any]:
+    """A line of the worker; what a library printed is no event."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {"event": "noise"}
+    return event if isinstance(event, dict) and "event" in event else {"event": "noise"}
+
+
+def _failure(event: Mapping[str, Any], settings: BuildSettings) -> KnnMoeError:
+    if "error" in event:
+        stated = event["error"]
+        return BackendError(
+            stated["where"], stated["problem"], expected=stated["expected"],
+            found=stated["found"], fix=stated["fix"],
+        )  # fmt: skip
+    return EngineError(
+        f"{settings.backend}: {event['name']}", event["problem"], found=event["found"],
+        fix="A larger --workspace, or smaller --max-context or --prefill, may help.",
+    )  # fmt: skip
+
+
+def _environment(backend: str, temporary: Path) -> dict[str, str]:
+    """The worker's environment: here is how it finds knnmoe and the libraries of TensorRT-RTX.
+
+    The parser of TensorRT-RTX opens its library by a name without a version, which the wheel does
+    not have.
+    """
+    environment = dict(os.environ)
+    paths = [path for path in sys.path if path]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if backend != "tensorrt_rtx":
+        return environment
+    from importlib.util import find_spec
+
+    spec = find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None:
+        return environment
+    folder = Path(spec.origin).parent
+    named = folder / "libtensorrt_rtx.so"
+    versions = sorted(folder.glob("libtensorrt_rtx.so.?"))
+    if not named.exists() and versions:
+        (temporary / named.name).symlink_to(versions[-1])
+    known = environment.get("LD_LIBRARY_PATH")
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+        [str(temporary), str(folder), *([known] if known else [])]
+    )
+    return environment
