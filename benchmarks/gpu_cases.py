@@ -21,6 +21,7 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 import numpy as np
+from gpu_tally import Errors
 from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import Blended, GateMemory, blend_found, search, unit_rows
@@ -204,9 +205,6 @@ def round_keys(memory: GateMemory, key_type: KeyType) -> tuple[Any, NDArray[np.f
     step = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     scales[:, 0] = step
     return np.rint(memory.keys / step[:, None]).astype(np.int8), scales
-
-
-Errors = dict[str, float]  # the largest deviations, by output
 
 
 def check(case: Case, got: Blended) -> Errors:

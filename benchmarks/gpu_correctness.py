@@ -8,26 +8,22 @@ traceback. A host stops after `MOST_FAILURES`: what follows rarely says more.
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from gpu_cases import KEY_TYPES, TOLERANCE, Case, Errors, KeyType, check, every_case
+from gpu_cases import KEY_TYPES, TOLERANCE, Case, KeyType, check, every_case
+from gpu_steps import check_steps
+from gpu_tally import Check, Errors, Records, tally
 
 from knnmoe.runtime.blend import Blended
 from knnmoe.trt_plugins.cupy_prototype import CupyBlend, MemoryArrays
 
 Run = Callable[[Case], Blended]
-Records = dict[str, Any]
-MOST_FAILURES = 5
 POISONED_ID = -7
-
-
-class Absent(Exception):  # noqa: N818 - not an error: a host that this machine lacks
-    """A host that cannot run here; the text says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -39,50 +35,18 @@ class Host:
     key_types: tuple[KeyType, ...] = KEY_TYPES
 
 
-def check_host(
-    host: Host,
-    cases: Iterable[Case],
-    deadline: float,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-) -> Records:
+def check_host(host: Host, cases: Iterable[Case], deadline: float) -> Records:
     """Run a host over cases until the deadline; at least over one."""
-    count, worst, failures = 0, dict[str, Errors](), list[Records]()
-    exhausted = True
-    for case in cases:
-        if case.key_type not in host.key_types:
-            continue
-        if count and clock() > deadline:
-            exhausted = False
-            break
-        count += 1
-        try:
-            errors = check(case, host.run(case))
-        except Absent as reason:
-            return {"status": "absent", "why": str(reason)}
-        except Exception as error:
-            failures.append(
-                {
-                    "case": case.name,
-                    "seed": case.seed,
-                    "error": f"{type(error).__name__}: {error}"[:2000],
-                    "traceback": traceback.format_exc()[-4000:],
-                }
-            )
-            if len(failures) == MOST_FAILURES:
-                break
-            continue
-        of_type = worst.setdefault(case.key_type, {})
-        for name, deviation in errors.items():
-            of_type[name] = max(of_type.get(name, 0.0), deviation)
-    return {
-        "status": "failed" if failures else "passed",
-        "cases": count,
-        "all_cases": exhausted,
-        "tolerance": TOLERANCE,
-        "largest_deviation": worst,
-        "failures": failures,
-    }
+
+    def checks() -> Iterator[Check]:
+        for case in cases:
+            if case.key_type in host.key_types:
+                yield Check(case.name, case.seed, case.key_type, partial(run, case))
+
+    def run(case: Case) -> Errors:
+        return check(case, host.run(case))
+
+    return {**tally(checks(), deadline), "tolerance": TOLERANCE}
 
 
 def memory_arrays(case: Case, **changed: Any) -> MemoryArrays:
@@ -193,19 +157,22 @@ def check_all(
     limits: Any,
     deadline: float,
     *,
-    only_first_host: bool = False,
     most_cases: int | None = None,
     rounds: int = 1,
     save: Callable[[Records], None] = lambda records: None,
 ) -> Records:
     """Every host over a fresh set of cases; each has an equal share of the time that is left."""
+
+    def of_host(host: Host) -> Callable[[float], Records]:
+        cases = every_case(seed, limits, rounds=rounds)
+        return lambda until: check_host(host, islice(cases, most_cases), until)
+
+    checks = {host.name: of_host(host) for host in hosts(cupy)}
+    checks["StepKernels"] = lambda until: check_steps(cupy, seed, until, most_cases=most_cases)
     records: Records = {}
-    chosen = list(hosts(cupy))[: 1 if only_first_host else None]
-    for position, host in enumerate(chosen):
+    for position, (name, run) in enumerate(checks.items()):
         now = time.monotonic()
-        share = max(0.0, deadline - now) / (len(chosen) - position)
-        records[host.name] = check_host(
-            host, islice(every_case(seed, limits, rounds=rounds), most_cases), now + share
-        )
+        share = max(0.0, deadline - now) / (len(checks) - position)
+        records[name] = run(now + share)
         save(records)
     return records

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from gpu_correctness import Absent
+from gpu_tally import Absent
 from gpu_timing import (
     DECODE_TOKENS,
     EXPERTS,

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_correctness import Absent
+from gpu_tally import Absent
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY:\s*(.*)")

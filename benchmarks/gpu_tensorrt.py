@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 from gpu_cases import KEY_TYPES, SMALL, Case, every_case
-from gpu_correctness import Absent, Host, check_host
+from gpu_correctness import Host, check_host
+from gpu_tally import Absent
 
 from knnmoe.runtime.blend import Blended
 from knnmoe.runtime.errors import BackendError

@@ -15,17 +15,21 @@ import gpu_check
 import gpu_report
 import gpu_rivals
 import gpu_sanitizer
+import gpu_steps
 import gpu_timing
 import numpy as np
 import pytest
 from fake_cupy import fake_cupy
 from gpu_cases import KEY_TYPES, SIMILARITIES, SMALL, Case, check, draw_case, every_case, round_keys
-from gpu_correctness import Absent, Host, answer, check_all, check_host, cupy_host, hosts
+from gpu_correctness import Host, answer, check_all, check_host, cupy_host, hosts
 from gpu_environment import absence, packages
+from gpu_steps import check_steps
+from gpu_tally import Absent, tally
 from gpu_timing import Bench, Effort, Shape
 
 from knnmoe.runtime.blend import Blended, knn_blend
 from knnmoe.runtime.probes import Module
+from knnmoe.trt_plugins import step_kernels
 from memories import random_memory
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +56,8 @@ def perfect(case: Case) -> Blended:
 def test_the_kernels_pass_on_the_emulated_device(which: int) -> None:
     cupy = fake_cupy()
     host = list(hosts(cupy))[which]
-    record = check_host(host, every_case(which, TINY), float("inf"))
+    tiny = replace(TINY, entries=50, hidden=(1, 24))
+    record = check_host(host, every_case(which, tiny), float("inf"))
     assert record["status"] == "passed", record["failures"]
     assert record["cases"] == len(TINY.tokens) * len(KEY_TYPES) * len(SIMILARITIES)
     assert record["largest_deviation"].keys() == set(KEY_TYPES)
@@ -146,14 +151,44 @@ def test_a_host_that_is_absent_says_why() -> None:
         raise Absent("no such library")
 
     record = check_host(Host("absent", run), every_case(0, TINY), float("inf"))
-    assert record == {"status": "absent", "why": "no such library"}
+    assert (record["status"], record["why"]) == ("absent", "no such library")
 
 
 def test_at_least_one_case_is_run_when_there_is_no_time() -> None:
     record = check_host(Host("reference", perfect), every_case(0, TINY), 0.0)
     assert (record["cases"], record["all_cases"]) == (1, False)
-    everything = check_all(fake_cupy(), 0, TINY, 0.0)
+    tiny = replace(TINY, entries=50, hidden=(8,), tokens=(1,))
+    everything = check_all(fake_cupy(), 0, tiny, 0.0)
     assert all(host["cases"] == 1 for host in everything.values())
+
+
+def test_the_step_kernels_pass_on_the_emulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_steps.TOKENS", (1, 5))
+    monkeypatch.setattr("gpu_steps.APPENDS", 8)
+    record = check_steps(fake_cupy(), 1, float("inf"))
+    assert record["status"] == "passed", record["failures"]
+    assert record["largest_deviation"].keys() == {"route", "assign", "heaviest", "append"}
+
+
+@pytest.mark.parametrize("kind", ["route", "assign", "heaviest", "append"])
+def test_a_step_kernel_that_writes_too_much_is_caught(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard is hit by each kernel that is replaced by one that writes behind its output."""
+    monkeypatch.setattr("gpu_steps.Output.read", overrun(gpu_steps.Output.read))
+    monkeypatch.setattr("gpu_steps.TOKENS", (1,))
+    checks = gpu_steps.Steps(cupy := fake_cupy(), step_kernels.StepKernels(cupy=cupy)).checks(2)
+    record = tally([check for check in checks if check.group == kind], float("inf"))
+    assert record["status"] == "failed"
+    assert "behind the output" in record["failures"][0]["error"]
+
+
+def overrun(read: Any) -> Any:
+    def wrong(output: Any) -> Any:
+        output.whole[len(output.whole) - 1 :].fill(0)
+        return read(output)
+
+    return wrong
 
 
 # --- timing
@@ -222,7 +257,8 @@ def test_what_does_not_fit_or_has_no_time_is_named(device: Any) -> None:
     assert {left["why"] for left in records["left_out"]} == {"out of time"}
 
 
-def test_the_bandwidth_of_a_copy_counts_reads_and_writes(device: Any) -> None:
+def test_the_bandwidth_of_a_copy_counts_reads_and_writes() -> None:
+    device = python_kernels(fake_cupy(memory_bytes=64 << 20))
     found = gpu_timing.measure_bandwidth(device, BRIEF)
     seconds = found["copy"]["median_us"] / 1e6
     assert found["copy_gb_s"] == pytest.approx(2 * found["bytes"] / seconds / 1e9)
@@ -498,7 +534,8 @@ def test_without_a_sanitizer_the_stage_is_absent(monkeypatch: pytest.MonkeyPatch
 def test_the_subset_for_the_sanitizer_runs(capsys: Any) -> None:
     chosen = SimpleNamespace(seed=1)
     assert gpu_check.run_subset(chosen, fake_cupy()) == 0
-    assert f"subset: {gpu_check.SUBSET_CASES} cases" in capsys.readouterr().out
+    several = gpu_check.SUBSET_CASES * len([*hosts(fake_cupy()), "steps"])
+    assert f"subset: {several} cases" in capsys.readouterr().out
 
 
 # --- environment and report
