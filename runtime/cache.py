@@ -71,8 +71,8 @@ class Cache:
             capacity=capacity,
             keys={layer: zeros(shape, dtype) for layer in layers},
             values={layer: zeros(shape, dtype) for layer in layers},
-            states=zeros((architecture.num_gates, batch, 2), np.float32),
-            states_out=zeros((architecture.num_gates, batch, 2), np.float32),
+            states=_rows(architecture.num_gates, batch, zeros),
+            states_out=_rows(architecture.num_gates, batch, zeros),
             lengths=np.zeros(batch, np.int64),
         )
 
@@ -86,7 +86,10 @@ class Cache:
         """Memory of the keys and values at full capacity."""
         return sum(int(array.nbytes) for array in (*self.keys.values(), *self.values.values()))
 
-    def reset(self) -> None:
-        """Forget all tokens; the memory and the bound steps stay."""
-        self.lengths[:] = 0
-        self.states[:] = 0
+
+def _rows(gates: int, batch: int, zeros: Zeros) -> Array:
+    """[G, B, 2] of which each gate's part begins where an engine of a device may read: every 256
+    bytes.
+    """
+    width = -(-2 * batch // 64) * 64
+    return zeros((gates, width), np.float32)[:, : 2 * batch].reshape(gates, batch, 2)

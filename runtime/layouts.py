@@ -173,6 +173,9 @@ class Layout(Protocol):
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache where the engines can use it."""
 
+    def forget(self, cache: Cache) -> None:
+        """Set a cache's evidence back to none."""
+
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """Buffers on the host for steps of one shape."""
 
@@ -230,6 +233,10 @@ class HostLayout:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Layout.new_cache`."""
         return Cache.allocate(self.architecture, batch, capacity)
+
+    def forget(self, cache: Cache) -> None:
+        """See `Layout.forget`."""
+        cache.states[...] = 0
 
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """See `Layout.new_step`."""

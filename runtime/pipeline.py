@@ -183,7 +183,7 @@ class Pipeline:
     def _plan(self, layout: Layout, cache: Cache, length: int, rows: Rows, traced: bool) -> _Plan:
         if cache.memory is not layout.memory:
             # Evidence about another memory says nothing about this one.
-            cache.states[...] = 0
+            layout.forget(cache)
             cache.memory = layout.memory
         key = (length, rows, traced)
         plan: _Plan | None = cache.plans.get(key)

@@ -134,7 +134,7 @@ def build(
         layout=settings.layout,
         precision=settings.precision,
         keys=settings.keys,
-        neighbors=settings.neighbors if chosen is None else None,
+        neighbors=settings.neighbors if chosen is None and _fixes_k(settings) else None,
         operators=settings.operators,
         capabilities=capabilities,
         driver=driver,
@@ -279,6 +279,11 @@ def _jobs(bundle: Bundle, settings: BuildSettings, *, with_plugin: bool) -> list
     return jobs
 
 
+def _fixes_k(settings: BuildSettings) -> bool:
+    """Whether the backend wants to know K before an engine runs."""
+    return settings.backend != "onnxruntime"
+
+
 def _fitted(graph: StdGraph, settings: BuildSettings, *, with_plugin: bool) -> StdGraph:
     """A graph with gates in it, for the plugin or for the function that does without.
 
@@ -292,7 +297,7 @@ def _fitted(graph: StdGraph, settings: BuildSettings, *, with_plugin: bool) -> S
         stem = name.rstrip("0123456789").rstrip("_")
         if with_plugin and stem == "keys":
             value.type.tensor_type.elem_type = _KEY_TYPES[settings.keys]
-        elif not with_plugin and stem == "k":
+        elif not with_plugin and stem == "k" and _fixes_k(settings):
             gone.add(name)
             fixed = np.array([settings.neighbors], np.int64)
             model.graph.initializer.append(onnx.numpy_helper.from_array(fixed, name))

@@ -104,7 +104,8 @@ class DeviceBackend:
             memories = [fused_memory(self._bundle, memory) for memory in memories]
             self._check_neighbors(memories)
         last, resident = self._layout, self._resident
-        if last and resident and covered == self._covered and resident.fits(memories):
+        same = covered == self._covered and (self._set.plugin is not None or self._same_k(memories))
+        if last and resident and same and resident.fits(memories):
             resident.swap(memories)
             last.memory = object()
             return last
@@ -118,6 +119,13 @@ class DeviceBackend:
         layout = self._new_layout(resident)
         self._resident, self._layout, self._covered = resident, layout, covered
         return layout
+
+    def _same_k(self, memories: Sequence[GateMemory | None]) -> bool:
+        """Whether graphs that compute as many columns as K go on as they are bound."""
+        if self.layout_name == "split" or self._resident is None:
+            return True
+        pairs = zip(memories, self._resident.memories, strict=True)
+        return all(new is None or old is None or new.k == old.k for new, old in pairs)
 
     def _check_neighbors(self, memories: Sequence[GateMemory | None]) -> None:
         """Engines without the plugin look for a fixed number of neighbours."""
@@ -199,7 +207,10 @@ class DeviceBackend:
         capacity = resident.capacity(gate)
         if self._set.plugin is not None:
             return min(capacity, MAX_NEIGHBORS)
-        return min(self._set.neighbors or MAX_NEIGHBORS, capacity)
+        memory = resident.memories[gate]
+        if self._set.neighbors is not None or memory is None:
+            return min(self._set.neighbors or 0, capacity)
+        return min(memory.k, capacity)
 
     def _segment(self, file: str) -> Engine:
         engine = self._engine(file)

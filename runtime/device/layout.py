@@ -165,6 +165,11 @@ class DeviceLayout:
             self.architecture, batch, capacity, zeros=self._cuda.zeros, dtype=self._cache_dtype
         )
 
+    def forget(self, cache: Cache) -> None:
+        """See `Layout.forget`; in the order of the stream."""
+        with self._cuda.lock, self._cuda.current():
+            cache.states[...] = 0
+
     def new_step(self, batch: int, length: int, rows: int) -> PackedStep:
         """See `Layout.new_step`; in pinned memory, for copies that wait for nobody."""
         vocab_size = self.architecture.vocab_size
@@ -194,7 +199,7 @@ class DeviceLayout:
         runs: tuple[Run, ...] = (
             lambda: cuda.upload(step.block, there.block),
             *inner.runs,
-            lambda: cuda.copy(cache.states_out, cache.states),
+            lambda: cache.states.__setitem__(..., cache.states_out),
             lambda: _each(cuda.download, downloads),
         )
         captured = self._capturable and length == 1 and not traced

@@ -1,0 +1,113 @@
+"""The model on a stand-in of a CUDA device: emulated kernels, engines run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "trt_plugins"))
+
+from fake_cupy import fake_cupy
+
+from fake_tensorrt import engine_file, fake_tensorrt
+from knnmoe.runtime.bundle import Bundle, describe_file
+from knnmoe.runtime.device.backend import DeviceBackend, DeviceSettings
+from knnmoe.runtime.device.cuda import Cuda
+from knnmoe.runtime.engines.engine_set import EngineSet, Limits
+from knnmoe.runtime.engines.tensorrt import Scratch, TensorRT, TensorRTEngine
+from knnmoe.runtime.model import Model
+
+LIMITS = Limits(batch=3, context=96, prefill=24, entries=512)
+
+
+@dataclass
+class Setup:
+    """A model on the stand-in, and what it stands on."""
+
+    model: Model
+    cupy: Any
+    cuda: Cuda
+    backend: DeviceBackend
+
+
+Load = Callable[..., Setup]
+
+
+@pytest.fixture(scope="session")
+def engine_sets(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Callable[..., Path]:
+    """Engine sets of the tiny bundle by options, built once each."""
+    pytest.importorskip("onnx_ir")
+    from knnmoe.export.engines.build import build
+    from knnmoe.export.engines.settings import BuildSettings, dimension_ranges, profile
+    from knnmoe.runtime.bundle import TensorSpec
+
+    made: dict[Any, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = tuple(sorted(options.items()))
+        if key in made:
+            return made[key]
+        bundle = Bundle.open(tiny_bundle)
+        folder = tmp_path_factory.mktemp("engines") / "set"
+        settings = BuildSettings(backend="onnxruntime", limits=LIMITS, **options)
+        engines = build(bundle, settings, output=folder).engine_set
+        files = {}
+        for file in list(engines.files):
+            graph = (folder / file).read_bytes()
+            import onnxruntime as ort
+
+            session_options = ort.SessionOptions()
+            session_options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path",
+                str(tiny_bundle / "segments"),
+            )
+            session = ort.InferenceSession(graph, session_options)
+            specs = tuple(TensorSpec(i.name, i.type, tuple(i.shape)) for i in session.get_inputs())
+            phase = "decode" if file.startswith("decode") else "prefill"
+            content = engine_file(
+                graph,
+                weights=tiny_bundle / "segments",
+                profile=profile(specs, dimension_ranges(LIMITS, phase)),
+                neighbors=8,
+            )
+            (folder / file).write_bytes(content)
+            files[file] = describe_file(folder / file)
+        replace(engines, backend="tensorrt", backend_version="10.9", files=files).write()
+        made[key] = folder
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def load(tiny_bundle: Path, engine_sets: Callable[..., Path]) -> Load:
+    """Load the tiny model on a fresh stand-in."""
+
+    def load(
+        *, memory: Any = None, settings: DeviceSettings | None = None, cupy: Any = None,
+        pack: dict[str, Any] | None = None, **options: Any,
+    ) -> Setup:  # fmt: skip
+        options = {"precision": "float32", **options}
+        bundle = Bundle.open(tiny_bundle)
+        cupy = fake_cupy() if cupy is None else cupy
+        cuda = Cuda(cupy=cupy, cupyx=cupy.cupyx)
+        scratch = Scratch(cuda)
+        tensorrt = TensorRT("tensorrt", fake_tensorrt(cupy), "10.9")
+        backend = DeviceBackend(
+            bundle,
+            EngineSet.open(engine_sets(**options), bundle),
+            settings or DeviceSettings(keys="float32"),
+            cuda=cuda,
+            load=lambda path: TensorRTEngine(tensorrt, path, cuda, scratch),
+        )
+        model = Model(bundle, backend)
+        if memory is not None:
+            model.swap_memory(memory)
+        return Setup(model, cupy, cuda, backend)
+
+    return load

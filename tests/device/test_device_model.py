@@ -1,0 +1,146 @@
+"""A model on a device does what the same model does on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from knnmoe.runtime.device.backend import DeviceSettings
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.model import Model
+
+IDS = np.random.default_rng(5).integers(0, 256, 60)
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+def host(bundle: Path, memory: Any = None) -> Model:
+    return Model.load(bundle, memory=memory, gate="numpy-float64", threads=1)
+
+
+@pytest.mark.parametrize("layout", ["split", "fused"])
+def test_logits_and_greedy_text_are_those_of_the_host(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, layout: str
+) -> None:
+    for memory in (None, tiny_pack):
+        expected = host(tiny_bundle, memory)
+        device = load(memory=memory, layout=layout).model
+        np.testing.assert_allclose(device.logits(IDS), expected.logits(IDS), atol=2e-4)
+        texts = [m.generate(IDS[:9], **GREEDY).token_ids for m in (device, expected)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("variant", ["logits", "assignment"])
+@pytest.mark.parametrize("similarity", ["cosine", "rbf"])
+def test_every_variant(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, variant: Any, similarity: Any
+) -> None:
+    pack = MemoryPack.open(tiny_pack).with_settings(variant=variant, similarity=similarity)
+    expected = host(tiny_bundle, pack).logits(IDS)
+    np.testing.assert_allclose(load(memory=pack).model.logits(IDS), expected, atol=2e-4)
+
+
+def test_ragged_batches_and_chunks(load: Any, tiny_bundle: Path, tiny_pack: Path) -> None:
+    found = []
+    lengths = np.array([5, 9, 2])
+    for model in (load(memory=tiny_pack).model, host(tiny_bundle, tiny_pack)):
+        cache = model.pipeline.new_cache(batch=3, capacity=40)
+        ids = IDS[:27].reshape(3, 9)
+        first = model.pipeline.step(cache, ids, lengths).copy()
+        second = model.pipeline.step(cache, ids[:, :1]).copy()
+        third = model.pipeline.step(cache, ids[:, :4], np.array([4, 1, 3])).copy()
+        found.append((first, second, third, cache.lengths.tolist()))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+def test_a_decode_step_is_one_graph_launch_from_the_third_on(load: Any, tiny_pack: Path) -> None:
+    setup = load(memory=tiny_pack)
+    cache = setup.model.pipeline.new_cache(capacity=40)
+    setup.model.pipeline.step(cache, IDS[None, :9])
+    launches = []
+    for token in IDS[9:14]:
+        setup.cupy.machine.launched.clear()
+        setup.model.pipeline.step(cache, np.array([[token]]))
+        launches.append(len(setup.cupy.machine.launched))
+    plain = load(memory=tiny_pack, settings=DeviceSettings(keys="float32", cuda_graph=False)).model
+    other = plain.pipeline.new_cache(capacity=40)
+    plain.pipeline.step(other, IDS[None, :9])
+    for token in IDS[9:14]:
+        logits = plain.pipeline.step(other, np.array([[token]]))
+    (bound,) = [p.bound for key, p in cache.plans.items() if key[0] == 1]
+    assert bound._graph is not None
+    assert len(set(launches)) == 1
+    np.testing.assert_array_equal(
+        setup.model.pipeline.step(cache, IDS[None, 14:15]),
+        plain.pipeline.step(other, IDS[None, 14:15]),
+    )
+    del logits
+
+
+@pytest.mark.parametrize("layout", ["split", "fused"])
+def test_a_swap_in_place_is_seen_by_captured_graphs(
+    load: Any, tmp_path: Path, tiny_bundle: Path, tiny_pack: Path, layout: str
+) -> None:
+    first = MemoryPack.open(tiny_pack)
+    second = first.with_settings(variant="logits")
+    setup = load(memory=first, layout=layout)
+    model = setup.model
+    cache = model.pipeline.new_cache(capacity=60)
+    model.pipeline.step(cache, IDS[None, :9])
+    for token in IDS[9:13]:
+        model.pipeline.step(cache, np.array([[token]]))
+    bound = [p.bound for key, p in cache.plans.items() if key[0] == 1]
+    model.swap_memory(second)
+    logits = [model.pipeline.step(cache, np.array([[token]])).copy() for token in IDS[13:16]]
+    assert [p.bound for key, p in cache.plans.items() if key[0] == 1] == bound
+    assert cache.states.get()[:, 0, 1].tolist() == [3.0] * 3  # evidence of the first is forgotten
+    expected = host(tiny_bundle, first)
+    other = expected.pipeline.new_cache(capacity=60)
+    expected.pipeline.step(other, IDS[None, :9])
+    for token in IDS[9:13]:
+        expected.pipeline.step(other, np.array([[token]]))
+    expected.swap_memory(second)
+    for token, found in zip(IDS[13:16], logits, strict=True):
+        want = expected.pipeline.step(other, np.array([[token]]))
+        np.testing.assert_allclose(found, want, atol=2e-4)
+
+
+def test_a_memory_of_another_class_is_bound_anew(
+    load: Any, tmp_path: Path, tiny_bundle: Path, tiny_pack: Path
+) -> None:
+    model = load(memory=tiny_pack).model
+    before = model.logits(IDS)
+    pack = MemoryPack.open(tiny_pack).with_settings(neighbors=40)
+    layout = model.pipeline.layout
+    model.swap_memory(pack)
+    assert model.pipeline.layout is not layout
+    np.testing.assert_allclose(model.logits(IDS), host(tiny_bundle, pack).logits(IDS), atol=2e-4)
+    model.disable_memory()
+    np.testing.assert_allclose(model.logits(IDS), host(tiny_bundle).logits(IDS), atol=2e-4)
+    model.swap_memory(tiny_pack)
+    np.testing.assert_array_equal(model.logits(IDS), before)
+
+
+@pytest.mark.parametrize("layout", ["split", "fused"])
+def test_traces_are_those_of_the_host(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, layout: str
+) -> None:
+    found = load(memory=tiny_pack, layout=layout).model.routing_trace(IDS.tolist())
+    expected = host(tiny_bundle, tiny_pack).routing_trace(IDS.tolist())
+    for one, other in zip(found.gates, expected.gates, strict=True):
+        np.testing.assert_array_equal(one.expert_ids, other.expert_ids)
+        np.testing.assert_array_equal(one.trace.neighbors, other.trace.neighbors)
+        np.testing.assert_allclose(one.trace.confidence, other.trace.confidence, atol=1e-5)
+        np.testing.assert_allclose(one.trace.similarities, other.trace.similarities, atol=1e-5)
+
+
+@pytest.mark.parametrize(("keys", "atol"), [("float16", 0.02), ("int8", 0.3)])
+def test_smaller_keys_are_near(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, keys: str, atol: float
+) -> None:
+    model = load(memory=tiny_pack, settings=DeviceSettings(keys=keys)).model
+    expected = host(tiny_bundle, tiny_pack).logits(IDS)
+    assert np.abs(model.logits(IDS) - expected).max() < atol
