@@ -2,8 +2,11 @@
 
 Token s of sequence b stands at position past_lengths[b] + s. It sees the columns of the cache below
 past_lengths[b] and the tokens of the step up to itself. So a row of padding behind the tokens of a
-sequence is seen by none of them, and sees at least itself: no row of the softmax is empty. Columns
-that nobody sees are still multiplied by a weight of zero: they must hold finite numbers.
+sequence is seen by none of them, and sees at least itself: no row of the softmax is empty.
+
+What nobody sees is still multiplied by a weight of zero, so it must be finite. A row that has
+overflowed adds zeros to the cache, and its NaN stay its own; the columns not yet written are the
+caller's, who allocates them as zeros.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def primitive_attention(
     rows = g.ints(0, 0, -1, shape.head_size)  # [B, KV heads, S · group, head size]
     query = ops.narrow(g.op("Reshape", query, rows))
     rotated = _rotated(ops, heads.key, past_lengths)
-    key, value = (_by_head(ops, ops.narrow(part)) for part in (rotated, heads.value))
+    key, value = (ops.narrow(_finite(ops, _by_head(ops, part))) for part in (rotated, heads.value))
     seen_past = ops.once("seen of the past", lambda: _seen_past(ops, past[0], past_lengths))
     seen_new = ops.once("seen of the new", lambda: _seen_new(ops, key, group))
     scores = g.op(
@@ -90,10 +93,9 @@ def modern_attention(
     refuses the attribute that would ask for float32.
     """
     g = ops.g
-    query, key = (
-        ops.narrow(_rotary_embedding(ops, part, past_lengths)) for part in (heads.query, heads.key)
-    )
-    value = _by_head(ops, ops.narrow(heads.value))
+    query = ops.narrow(_rotary_embedding(ops, heads.query, past_lengths))
+    rotated = _rotary_embedding(ops, heads.key, past_lengths)
+    key, value = (ops.narrow(_finite(ops, part)) for part in (rotated, _by_head(ops, heads.value)))
     keys, values = (
         g.op("TensorScatter", cached, added, past_lengths, axis=2)
         for cached, added in zip(past, (key, value), strict=True)
@@ -118,6 +120,13 @@ def _scale(ops: StdOps) -> float:
 def _by_head(ops: StdOps, value: ir.Value) -> ir.Value:
     """[B, S, heads, head size] ↔ [B, heads, S, head size]."""
     return ops.g.op("Transpose", value, perm=[0, 2, 1, 3])
+
+
+def _finite(ops: StdOps, part: ir.Value) -> ir.Value:
+    """The part, with zeros for NaN and for what is beyond the range of the cache."""
+    bound = ops.number(float(np.finfo(ops.dtype).max))
+    within = ops.g.op("LessOrEqual", ops.g.op("Abs", part), bound)
+    return ops.g.op("Where", within, part, ops.number(0.0))
 
 
 def _positions(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:

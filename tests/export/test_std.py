@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from knnmoe.export.exporter import export
 from knnmoe.export.std import StdGraph, StdModel, StdOptions
@@ -247,6 +248,39 @@ def test_float16_segments_agree_where_the_experts_are_the_same(bundle, sequences
     assert router_logits <= 0.01
 
 
+@pytest.mark.parametrize("options", WAYS, ids=lambda o: f"{o.operators}-{o.experts}")
+def test_what_overflows_stays_in_its_row(tmp_path, options):
+    """Neither an expert of weight 0 nor a row behind it reaches the first token."""
+    checkpoint = make_tiny_olmoe(tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    for part in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.0.mlp.experts.7.{part}.weight"] *= np.float32(1e6)
+    save_file(tensors, checkpoint / "model.safetensors")
+    export(checkpoint, tmp_path / "bundle")
+    bundle, half = Bundle.open(tmp_path / "bundle"), replace(options, precision="float16")
+    session = std_session(bundle, StdModel.of(bundle, half).segment(1))
+    caches, hidden = Caches(bundle, half, 1), np.random.default_rng(9).normal(size=(1, 2, 64))
+
+    def outputs(*second: int) -> Arrays:
+        routed: Arrays = {
+            "expert_ids": np.array([[3, 7], second], np.int32),
+            "expert_weights": np.array([[0.5, 0], [0.5, 0.5]], np.float32),
+        }
+        stream = hidden.astype(np.float32)
+        values: Arrays = {
+            "hidden": stream, "router_input": stream[0], "past_lengths": np.array([0]),
+        }  # fmt: skip
+        return run(session, values | routed | caches.past)
+
+    within, beyond = outputs(1, 2), outputs(1, 7)
+    added = {name: value for name, value in beyond.items() if "_key_" in name or "_value_" in name}
+    for value in (*within.values(), *added.values()):
+        assert np.isfinite(value).all()
+    assert np.isnan(beyond["hidden_out"][0, 1]).any()
+    np.testing.assert_array_equal(beyond["hidden_out"][0, 0], within["hidden_out"][0, 0])
+    np.testing.assert_array_equal(beyond["router_logits_out"][0], within["router_logits_out"][0])
+
+
 @pytest.mark.parametrize("operators", ["primitive", "modern"])
 def test_padding_may_reach_beyond_the_last_position(tiny, operators):
     positions, shape = tiny.manifest.architecture.max_positions, tiny.manifest.architecture
@@ -357,6 +391,24 @@ def test_graphs_have_standard_operators_of_one_opset_only(tiny, operators, opset
             assert node.domain == "" or node.op_type == "KnnBlend"
         if name.startswith("gate"):
             onnx.checker.check_model(proto, full_check=True)
+
+
+def test_primitive_segments_have_only_operators_that_old_parsers_know(tiny):
+    """All are in the support matrix of TensorRT's parser since release 8."""
+    known = {
+        "Abs", "Add", "Cast", "Clip", "Concat", "Constant", "Div", "Equal", "Expand", "Gather",
+        "Gemm", "GreaterOrEqual", "Less", "LessOrEqual", "MatMul", "Min", "Mul", "Range",
+        "ReduceMean", "ReduceSum", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split",
+        "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+    }  # fmt: skip
+    used: set[str] = set()
+    for experts in ("gathered", "dense"):
+        for precision in ("float32", "float16"):
+            model = StdModel.of(tiny, StdOptions("primitive", precision, experts))
+            for name, proto in models(model):
+                if name.startswith("segment"):
+                    used |= {node.op_type for node in proto.graph.node}
+    assert used == known
 
 
 def test_graphs_copy_no_weight(tiny):
