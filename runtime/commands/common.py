@@ -24,6 +24,9 @@ Advance = Callable[[int], None]
 LAYOUTS = ("split", "fused")
 BACKENDS = ("auto", "onnx", "numpy", "numpy-float64", "faiss", "faiss-gpu")
 VARIANTS = ("logits", "assignment", "residual")
+DEVICES = ("cpu", "cuda")
+DEVICE_GATES = ("cuda", "plugin")
+KEYS = ("float32", "float16", "int8")
 
 PATH = click.Path(path_type=Path)
 
@@ -41,18 +44,39 @@ def model_options(command: Command) -> Command:
             help="Memory pack; else the frozen router routes.",
         ),
         click.option(
+            "--device",
+            type=click.Choice(DEVICES),
+            default="cpu",
+            show_default=True,
+            help="cpu runs the bundle as it is, cuda the engines built of it.",
+        ),
+        click.option(
+            "--engines",
+            type=PATH,
+            metavar="DIR",
+            help="cuda: engine set.  [default: the newest of this bundle in the cache]",
+        ),
+        click.option(
             "--layout",
             type=click.Choice(LAYOUTS),
-            default="split",
-            show_default=True,
-            help="The gates between engines, or inside one.",
+            help="The gates between engines, or inside one.  [default: split; cuda: the engines']",
         ),
         click.option(
             "--gate",
-            type=click.Choice(BACKENDS),
-            default="auto",
-            show_default=True,
-            help="Backend of the gates in the split layout.",
+            type=click.Choice((*BACKENDS, *DEVICE_GATES)),
+            help="Backend of the gates in the split layout.  [default: auto; cuda: cuda]",
+        ),
+        click.option(
+            "--keys",
+            type=click.Choice(KEYS),
+            help="cuda: dtype of the memory's keys on the device.  [default: float16]",
+        ),
+        click.option(
+            "--no-cuda-graph",
+            "cuda_graph",
+            flag_value=False,
+            default=None,
+            help="cuda: launch decode steps one by one.",
         ),
         click.option(
             "--variant",
