@@ -37,6 +37,12 @@ class LazyGroup(click.Group):
             "Build, inspect and calibrate memories.",
             "train",
         ),
+        "plugin": (
+            "knnmoe.trt_plugins.cli",
+            "plugin",
+            "Build and check the TensorRT plugin.",
+            "cupy",
+        ),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
