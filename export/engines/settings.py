@@ -77,7 +77,8 @@ class BuildSettings:
             raise SettingError(
                 "neighbors", "out of range", expected=f"1 to {limits.entries}", found=self.neighbors
             )
-        if self.operators == "modern" and self.precision != "float16":
+        primitive = self.operators == "primitive" or self.backend == "onnxruntime"
+        if not primitive and self.precision != "float16":
             raise SettingError(
                 "precision", "TensorRT's attention takes no other", expected="float16",
                 found=self.precision, fix="Use --precision float16, or --operators primitive.",

@@ -150,6 +150,7 @@ class DeviceBackend:
             wirings.get("prefill"),
             limits=DeviceLimits(limits.batch, limits.context, limits.prefill),
             cache_dtype=np.float16 if half else np.float32,
+            room=limits.context if self._set.operators == "modern" else None,
             capturable=self._settings.cuda_graph and self._set.backend != "onnxruntime",
             shown_neighbors=resident.neighbors,
         )

@@ -115,6 +115,7 @@ class DeviceLayout:
         prefill: That of longer ones; None takes a prompt token by token.
         limits: Of the engines.
         cache_dtype: Of keys and values.
+        room: Tokens every cache has room for, where graphs fix that; None: what is asked for.
         capturable: Whether decode steps may be captured in a CUDA graph.
         shown_neighbors: K' of each gate, of which the engines may have more columns.
     """
@@ -127,12 +128,13 @@ class DeviceLayout:
         *,
         limits: DeviceLimits,
         cache_dtype: type[np.floating[Any]],
+        room: int | None,
         capturable: bool,
         shown_neighbors: Callable[[int], int],
     ) -> None:
         self._cuda, self._decode, self._prefill = cuda, decode, prefill
         self._limits, self._cache_dtype, self._capturable = limits, cache_dtype, capturable
-        self._shown = shown_neighbors
+        self._room, self._shown = room, shown_neighbors
         self.memory: object = object()
 
     @property
@@ -161,9 +163,15 @@ class DeviceLayout:
                     name, "more than the engines were built for", expected=f"at most {most}",
                     found=asked, fix="Build them again with a larger --max-batch or --max-context.",
                 )  # fmt: skip
-        return Cache.allocate(
-            self.architecture, batch, capacity, zeros=self._cuda.zeros, dtype=self._cache_dtype
+        cache = Cache.allocate(
+            self.architecture,
+            batch,
+            self._room or capacity,
+            zeros=self._cuda.zeros,
+            dtype=self._cache_dtype,
         )
+        cache.capacity = capacity
+        return cache
 
     def forget(self, cache: Cache) -> None:
         """See `Layout.forget`; in the order of the stream."""

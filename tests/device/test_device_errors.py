@@ -62,9 +62,7 @@ def test_without_room_on_the_device_the_old_memory_serves(
     before = setup.model.logits(IDS)
     setup.cupy.machine.memory_bytes = setup.cupy.machine.used_bytes + (1 << 16)
     for pack in (large_pack(tmp_path / "large", tiny_bundle, 5000), MemoryPack.open(tiny_pack)):
-        with pytest.raises(
-            DeviceError, match=r"device memory: not enough is free; found .*of "
-        ):
+        with pytest.raises(DeviceError, match=r"device memory: not enough is free; found .*of "):
             setup.model.swap_memory(pack)
     setup.cupy.machine.memory_bytes = 4 << 30
     np.testing.assert_array_equal(setup.model.logits(IDS), before)

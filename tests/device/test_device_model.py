@@ -32,6 +32,26 @@ def test_logits_and_greedy_text_are_those_of_the_host(
         assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("layout", ["split", "fused"])
+def test_graphs_that_write_the_cache_themselves(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, layout: str
+) -> None:
+    device = load(memory=tiny_pack, layout=layout, operators="modern").model
+    expected = host(tiny_bundle, tiny_pack)
+    np.testing.assert_allclose(device.logits(IDS), expected.logits(IDS), atol=2e-4)
+    texts = [m.generate(IDS[:9], **GREEDY).token_ids for m in (device, expected)]
+    assert texts[0] == texts[1]
+
+
+def test_half_precision_is_near(load: Any, tiny_bundle: Path, tiny_pack: Path) -> None:
+    setup = load(memory=tiny_pack, precision="float16")
+    expected = host(tiny_bundle, tiny_pack).logits(IDS)
+    found = setup.model.logits(IDS)
+    # A token whose experts flip is off by more: the typical row is what is asked about.
+    assert np.median(np.abs(found - expected).max(axis=1)) < 0.02
+    assert setup.model.pipeline.new_cache(capacity=4).keys[0].dtype == np.float16
+
+
 @pytest.mark.parametrize("variant", ["logits", "assignment"])
 @pytest.mark.parametrize("similarity", ["cosine", "rbf"])
 def test_every_variant(
