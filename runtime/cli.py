@@ -9,6 +9,7 @@ import click
 
 from .. import __version__
 from .cli_support import outcome
+from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.profile import profile
@@ -95,7 +96,7 @@ def main() -> None:
     """
 
 
-for command in (generate, evaluate, profile, trace):
+for command in (doctor, generate, evaluate, profile, trace):
     main.add_command(command)
 
 if __name__ == "__main__":
