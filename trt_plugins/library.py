@@ -201,7 +201,8 @@ def load(tensorrt: Any, library: Path | None = None, *, other_major: bool = Fals
         tensorrt: `tensorrt`, `tensorrt_rtx` or `tensorrt_lean`, imported.
         library: What to load; `find_library()` if not given.
         other_major: Also load a library that was built for another major version of TensorRT. It
-            computes the same, but must not meet that version's logger, whose layout differs.
+            computes the same, but ILogger and ILoggerFinder have another layout from 11 on: a
+            library built for 11 crashes in 10.16 as soon as it has something to report.
 
     Raises:
         BackendError: If the library is of another major version, or the registry refuses it.
@@ -234,7 +235,8 @@ def load(tensorrt: Any, library: Path | None = None, *, other_major: bool = Fals
 
 
 def _other_major(tensorrt: Any, info: BuildInfo) -> bool:
-    # TensorRT-RTX counts its versions alone and takes libraries for 10 and 11.
+    # TensorRT-RTX counts its versions alone. It has the logger of 11; what a library built for 10
+    # reports goes to standard error there (seen in 1.7).
     if "rtx" in tensorrt.__name__:
         return False
     return int(tensorrt.__version__.partition(".")[0]) != info.tensorrt_major
