@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, SettingError
-from .manifest import Fields, parse_object
+from .manifest import Fields, ManifestKind
 from .routing import RoutingRule
 
 SCHEMA = "knnmoe.bundle/1"
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 16 << 20
 MAX_DIRECTORY_ENTRIES = 100_000
 MAX_GATES = 4096
 MAX_DIMENSION = 1 << 31
@@ -31,6 +30,14 @@ GATE_GRAPHS = (FROZEN, "cosine", "rbf", "cosine-assignment", "rbf-assignment")
 TOKENIZER = "tokenizer.json"
 
 EXPORT_AGAIN = "Export the checkpoint again with `knnmoe-export`, or copy the bundle again."
+KIND = ManifestKind(
+    "a bundle",
+    MANIFEST,
+    SCHEMA,
+    BundleError,
+    EXPORT_AGAIN,
+    "Use the version of knnmoe that wrote the bundle, or export again with this one.",
+)
 
 _BLOCK = 4 << 20
 Progress = Callable[[int], None]
@@ -158,37 +165,7 @@ class Bundle:
 
 def read_manifest(root: Path) -> Manifest:
     """Read and check `manifest.json` alone, no other file; raises as `Bundle.open`."""
-    path = root / MANIFEST
-    if not root.is_dir() or path.is_symlink() or not path.is_file():
-        raise BundleError(
-            root, "not a bundle", expected=f"a directory with a file {MANIFEST}", fix=EXPORT_AGAIN
-        )
-    try:
-        size = path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise BundleError(
-                path,
-                "is too large",
-                expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-                found=size,
-                fix=EXPORT_AGAIN,
-            )
-        with path.open("rb") as stream:
-            content = parse_object(stream.read(MAX_MANIFEST_BYTES))
-    except OSError as error:
-        raise BundleError(path, f"cannot be read ({error.strerror})", fix=EXPORT_AGAIN) from error
-    except ValueError as error:
-        raise BundleError(path, f"is not valid JSON ({error})", fix=EXPORT_AGAIN) from error
-    found = content.get("schema")
-    if found != SCHEMA:
-        raise BundleError(
-            f"{path}: schema",
-            "unknown",
-            expected=SCHEMA,
-            found=str(found)[:100],
-            fix="Use the version of knnmoe that wrote the bundle, or export again with this one.",
-        )
-    return _parse(Fields(str(path), content, BundleError, EXPORT_AGAIN))
+    return _parse(KIND.read(root))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

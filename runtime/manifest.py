@@ -7,11 +7,71 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import KnnMoeError
 
 MAX_TEXT = 4096
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ManifestKind:
+    """One kind of directory that its JSON file describes.
+
+    Attributes:
+        name: What it is called, with its article.
+        file: The JSON file in it.
+        schema: Of that file; no other is read.
+        error: What to raise.
+        fix: The next step when it is damaged.
+        other_schema: The next step when its schema is another.
+    """
+
+    name: str
+    file: str
+    schema: str
+    error: type[KnnMoeError]
+    fix: str
+    other_schema: str
+
+    def read(self, root: Path) -> Fields:
+        """The manifest of a directory; its schema is right, its fields are not checked yet."""
+        path = root / self.file
+        if not root.is_dir() or path.is_symlink() or not path.is_file():
+            raise self.error(
+                root,
+                f"not {self.name}",
+                expected=f"a directory with a file {self.file}",
+                fix=self.fix,
+            )
+        try:
+            size = path.stat().st_size
+            if size > MAX_MANIFEST_BYTES:
+                raise self.error(
+                    path,
+                    "is too large",
+                    expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+                    found=size,
+                    fix=self.fix,
+                )
+            with path.open("rb") as stream:
+                content = parse_object(stream.read(MAX_MANIFEST_BYTES))
+        except OSError as error:
+            raise self.error(path, f"cannot be read ({error.strerror})", fix=self.fix) from error
+        except ValueError as error:
+            raise self.error(path, f"is not valid JSON ({error})", fix=self.fix) from error
+        found = content.get("schema")
+        if found != self.schema:
+            raise self.error(
+                f"{path}: schema",
+                "unknown",
+                expected=self.schema,
+                found=str(found)[:100],
+                fix=self.other_schema,
+            )
+        return Fields(str(path), content, self.error, self.fix)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .calibration import (
     check_neighbors,
 )
 from .errors import MemoryPackError, SettingError
-from .manifest import Fields, parse_object
+from .manifest import Fields, ManifestKind
 from .pack_files import (
     MANIFEST,
     REBUILD,
@@ -41,7 +41,14 @@ from .routing import RoutingRule
 
 SCHEMA = "knnmoe.memory/1"
 ENTRIES = "entries.safetensors"
-MAX_MANIFEST_BYTES = 16 << 20
+KIND = ManifestKind(
+    "a memory pack",
+    MANIFEST,
+    SCHEMA,
+    MemoryPackError,
+    REBUILD,
+    "Use the version of knnmoe that wrote the pack, or build it again with this one.",
+)
 
 Array = NDArray[Any]
 
@@ -113,7 +120,7 @@ class MemoryPack:
     def open(path: str | Path, *, verify: bool = True) -> MemoryPack:
         """Read and check a pack; with `verify` also every file's hash."""
         root = Path(path)
-        pack = _parse(root, _read_manifest(root))
+        pack = _parse(root, KIND.read(root))
         files = [gate.stored for gate in pack.gates] + ([pack.origins] if pack.origins else [])
         for stored in files:
             check_file(root, stored, verify)
@@ -307,7 +314,7 @@ def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryP
 
     Only `memory.json` changes; it is written beside the old one and renamed over it.
     """
-    manifest = _read_manifest(pack.path)
+    manifest = dict(KIND.read(pack.path).content)
     by_gate = {gate.gate: gate for gate in pack.gates}
     manifest["variant"] = pack.variant
     manifest["neighbors"] = pack.neighbors
@@ -319,39 +326,7 @@ def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryP
     return MemoryPack.open(pack.path)
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
-    path = root / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise MemoryPackError(
-            root, "not a memory pack", expected=f"a directory with a file {MANIFEST}", fix=REBUILD
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise MemoryPackError(
-            path,
-            "is too large",
-            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-            found=path.stat().st_size,
-            fix=REBUILD,
-        )
-    try:
-        manifest = parse_object(path.read_bytes())
-    except OSError as error:
-        raise MemoryPackError(path, f"cannot be read ({error.strerror})", fix=REBUILD) from error
-    except ValueError as error:
-        raise MemoryPackError(path, f"is not valid JSON ({error})", fix=REBUILD) from error
-    if manifest.get("schema") != SCHEMA:
-        raise MemoryPackError(
-            f"{path}: schema",
-            "unknown",
-            expected=SCHEMA,
-            found=str(manifest.get("schema"))[:100],
-            fix="Use the version of knnmoe that wrote the pack, or build it again with this one.",
-        )
-    return manifest
-
-
-def _parse(root: Path, manifest: dict[str, Any]) -> MemoryPack:
-    top = Fields(str(root / MANIFEST), manifest, MemoryPackError, REBUILD)
+def _parse(root: Path, top: Fields) -> MemoryPack:
     top.only(
         "schema", "model", "variant", "neighbors", "similarity", "gates", "entries", "provenance"
     )

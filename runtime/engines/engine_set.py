@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args
 
 from ..bundle import MANIFEST, Bundle, FileSpec, describe_file
 from ..errors import EngineError
-from ..manifest import Fields, parse_object
+from ..manifest import Fields, ManifestKind
 
 SCHEMA = "knnmoe.engines/1"
 ENGINES = "engines.json"
-MAX_BYTES = 16 << 20
 LARGEST = 1 << 31
 
 Backend = Literal["tensorrt", "tensorrt_rtx", "onnxruntime"]
@@ -29,6 +28,7 @@ KEYS = ("float32", "float16", "int8")
 LAYOUTS = ("split", "fused")
 PHASES = ("decode", "prefill")
 BUILD_AGAIN = "Build the engines again with `knnmoe engines build`."
+KIND = ManifestKind("an engine set", ENGINES, SCHEMA, EngineError, BUILD_AGAIN, BUILD_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,7 @@ def find_engines(bundle: Bundle, *, layout: str | None = None) -> Path:
 
 
 def _read(root: Path) -> EngineSet:
-    path = root / ENGINES
-    if not root.is_dir() or path.is_symlink() or not path.is_file():
-        raise EngineError(root, "not an engine set", expected=f"a directory with {ENGINES}")
-    if path.stat().st_size > MAX_BYTES:
-        raise EngineError(path, "is too large", expected=f"at most {MAX_BYTES} bytes")
-    try:
-        content = parse_object(path.read_bytes())
-    except ValueError as error:
-        raise EngineError(path, f"is not valid JSON ({error})", fix=BUILD_AGAIN) from error
-    top = Fields(str(path), content, EngineError, BUILD_AGAIN)
-    if content.get("schema") != SCHEMA:
-        found = str(content.get("schema"))[:100]
-        raise top.wrong("schema", "unknown", expected=SCHEMA, found=found)
-    return _parse(root, top)
+    return _parse(root, KIND.read(root))
 
 
 def _parse(root: Path, top: Fields) -> EngineSet:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
+from ..generation import Steps
 
 DEFAULT_CONTEXT = 128
 DEFAULT_PROMPTS = (32, 128)
@@ -25,25 +26,11 @@ Milliseconds = list[float]
 Tick = Callable[[], None]
 
 
-class TimedSteps(Protocol):
-    """What profiling asks of a pipeline."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens a sequence can have."""
-
-    def new_cache(self, batch: int, capacity: int) -> Any:
-        """An empty cache whose `lengths` [B] can be set back."""
-
-    def step(self, cache: Any, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Advance the cache by ids [B, S]."""
+class TimedSteps(Steps, Protocol):
+    """What profiling asks of a pipeline, whose caches' `lengths` [B] can be set back."""
 
     def timed_step(self, cache: Any, input_ids: NDArray[np.int64]) -> dict[str, float]:
-        """The same, returning the milliseconds of each part by name, in order."""
+        """A step that returns the milliseconds of each part by name, in order."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 from knnmoe.runtime import bundle as format_
 from knnmoe.runtime.bundle import Bundle, read_manifest, write_manifest
 from knnmoe.runtime.errors import BundleError
+from knnmoe.runtime.manifest import MAX_MANIFEST_BYTES
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_another_schema_is_refused_before_anything_else_is_looked_at(bundle):
 
 def test_a_huge_manifest_is_refused_unread(bundle, monkeypatch):
     with (bundle / "manifest.json").open("r+b") as stream:
-        stream.truncate(format_.MAX_MANIFEST_BYTES + 1)
+        stream.truncate(MAX_MANIFEST_BYTES + 1)
     monkeypatch.setattr(format_, "parse_object", None)
     with pytest.raises(BundleError, match="too large"):
         Bundle.open(bundle)
