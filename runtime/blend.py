@@ -106,18 +106,27 @@ def inner_products(x: Floats, memory: GateMemory, dtype: type[np.floating[Any]])
 
 
 def rank(
-    products: Floats, x: Floats, memory: GateMemory, dtype: type[np.floating[Any]]
+    products: Floats,
+    x: Floats,
+    memory: GateMemory,
+    dtype: type[np.floating[Any]],
+    among: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
-    """From inner products [T, N] to the K best: ids, similarities, existence, [T, K']."""
+    """From inner products [T, N] to the K best: ids, similarities, existence, [T, K'].
+
+    Entries outside of `among` [T, N] are passed over, as those at and after n_valid are.
+    """
     scores, count = products, products.shape[1]
     if memory.similarity == "rbf":
         # Falls with the distance; ‖q‖² is the same for all entries.
         scores = 2 * products - memory.key_scales[:, 1].astype(dtype)
-    exists = np.arange(count) < memory.n_valid
+    exists = np.broadcast_to(np.arange(count) < memory.n_valid, scores.shape)
+    if among is not None:
+        exists = exists & among
     scores = np.where(exists, scores, -np.inf)
     # Sorting by -score with a stable sort gives ties to the lower index, as ONNX TopK does.
     ids = np.argsort(-scores, axis=1, kind="stable")[:, : min(memory.k, count)]
-    found, best = exists[ids], np.take_along_axis(scores, ids, axis=1)
+    found, best = np.take_along_axis(exists, ids, axis=1), np.take_along_axis(scores, ids, axis=1)
     if memory.similarity == "rbf":
         squares = (prepare_queries(x, memory) ** 2).sum(axis=1, keepdims=True)
         best = np.exp(-dtype(memory.calibration.gamma) * np.maximum(squares - best, 0))

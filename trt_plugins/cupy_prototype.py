@@ -65,6 +65,9 @@ class MemoryArrays:
     """One gate's memory; shapes as in docs/design.md, on the host or on the device.
 
     Keys are fp32, fp16, or int8 with their scale in column 0 of `key_scales`; values fp32 or fp16.
+    With `scan_keys` int8 [N, D] and `scan_scales` fp32 [N, 2] (runtime/two_stage.py makes them) the
+    search has two stages: those are scanned for that many candidates, which are scored again with
+    the keys, then fp32 or fp16.
     """
 
     keys: Array
@@ -75,6 +78,9 @@ class MemoryArrays:
     n_valid: int
     k: int
     similarity: Literal["cosine", "rbf"]
+    scan_keys: Array | None = None
+    scan_scales: Array | None = None
+    candidates: int = MAX_NEIGHBORS
 
 
 @dataclass(frozen=True)
@@ -132,14 +138,25 @@ class CupyBlend:
         _expect("values", self.values, (entries, self.values.shape[-1]))
         _expect("center", self.center, (hidden,))
         _expect("calibration", self.calibration, (11,))
-        for name in ("keys", "values"):
+        self.scan_keys, self.scan_scales, candidates = self.keys, self.key_scales, 0
+        if memory.scan_keys is not None or memory.scan_scales is not None:
+            self.scan_keys, self.scan_scales = self._scanned(memory)
+            candidates = memory.candidates
+            if not columns <= candidates <= MAX_NEIGHBORS:
+                raise SettingError(
+                    "candidates", "out of range", found=candidates,
+                    expected=f"{columns} (the most neighbours) to {MAX_NEIGHBORS}",
+                )  # fmt: skip
+        for name in ("keys", "scan_keys", "values"):
             if getattr(self, name).data.ptr % 16:
                 raise SettingError(name, "does not begin at a multiple of 16 bytes")
         attributes = self._cupy.cuda.Device().attributes
         self._device = Device(
             attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
         )
-        self._problem = Problem(self.key_type, 1, 1, hidden, self.values.shape[1], columns, entries)
+        self._problem = Problem(
+            self.key_type, 1, 1, hidden, self.values.shape[1], columns, entries, candidates
+        )
         self.max_tokens = max_tokens
         self.workspace = self._cupy.empty(
             max(self._plan(tokens, 1).workspace_bytes for tokens in range(1, max_tokens + 1)),
@@ -213,6 +230,7 @@ class CupyBlend:
         plan = self._plan(tokens, sequences)
         arrays = {
             "x": x, "r": r, "keys": self.keys, "key_scales": self.key_scales,
+            "scan_keys": self.scan_keys, "scan_scales": self.scan_scales,
             "values": self.values, "n_valid": self.n_valid, "k": self.k, "center": self.center,
             "calibration": self.calibration, "state": state, "lengths": lengths,
             "workspace": self.workspace, "ticket": self.ticket,
@@ -224,8 +242,8 @@ class CupyBlend:
         numbers = {
             "capacity": problem.capacity, "tokens": tokens, "sequences": sequences,
             "hidden": problem.hidden, "experts": problem.experts, "columns": problem.columns,
-            "splits": plan.splits, "rbf": self.similarity == "rbf",
-            "half_values": self.values.dtype == np.float16,
+            "candidates": problem.candidates, "splits": plan.splits,
+            "rbf": self.similarity == "rbf", "half_values": self.values.dtype == np.float16,
         }  # fmt: skip
         for name, number in numbers.items():
             params[name] = number
@@ -250,6 +268,27 @@ class CupyBlend:
         bound.run()
         return bound
 
+    def _scanned(self, memory: MemoryArrays) -> tuple[Array, Array]:
+        """What is scanned in the place of the keys, on the device."""
+        if memory.scan_keys is None or memory.scan_scales is None:
+            raise SettingError(
+                "scan_keys" if memory.scan_keys is None else "scan_scales", "missing",
+                expected="both scan_keys and scan_scales",
+            )  # fmt: skip
+        if self.key_type == "i8":
+            raise SettingError(
+                "keys", "cannot be int8 if scan_keys are given", expected="fp32 or fp16"
+            )
+        if _key_type(memory.scan_keys, "scan_keys") != "i8":
+            raise SettingError(
+                "scan_keys", "of another type", expected="int8", found=memory.scan_keys.dtype
+            )
+        scan_keys = self.array(memory.scan_keys, np.int8)
+        scan_scales = self.array(memory.scan_scales, np.float32)
+        _expect("scan_keys", scan_keys, self.keys.shape)
+        _expect("scan_scales", scan_scales, self.key_scales.shape)
+        return scan_keys, scan_scales
+
     def _plan(self, tokens: int, sequences: int) -> Any:
         return make_plan(replace(self._problem, tokens=tokens, sequences=sequences), self._device)
 
@@ -266,13 +305,13 @@ class CupyBlend:
         return target
 
 
-def _key_type(keys: Any) -> KeyType:
+def _key_type(keys: Any, name: str = "keys") -> KeyType:
     names = {"torch.float32": "float32", "torch.float16": "float16", "torch.int8": "int8"}
     found = names.get(str(keys.dtype), str(keys.dtype))
     for key_type, dtype in KEY_DTYPES.items():
         if np.dtype(dtype).name == found:
             return key_type
-    raise SettingError("keys", "of an unknown type", expected="fp32, fp16 or int8", found=found)
+    raise SettingError(name, "of an unknown type", expected="fp32, fp16 or int8", found=found)
 
 
 def _expect(name: str, array: Any, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from emulated import SCHEDULES, Stored, blend, store
 
-from knnmoe.runtime.blend import Blended, blend_found, knn_blend, search
+from knnmoe.runtime.blend import Blended, blend_found, search
+from knnmoe.runtime.two_stage import quantize_keys, scan_scores
 from knnmoe.trt_plugins.plan import KEY_TYPES, Device, KeyType
 from memories import random_calibration, random_memory
 
@@ -33,11 +34,16 @@ class Case:
 
 
 def random_case(
-    seed: int, *, key_type: KeyType | None = None, prefill: bool = False, **fixed: Any
+    seed: int,
+    *,
+    key_type: KeyType | None = None,
+    prefill: bool = False,
+    two_stage: bool = False,
+    **fixed: Any,
 ) -> Case:
     """Everything that a call may differ in, drawn from a seed."""
     rng = np.random.default_rng(seed)
-    key_type = key_type or KEY_TYPES[rng.integers(3)]
+    key_type = key_type or KEY_TYPES[rng.integers(2 if two_stage else 3)]
     entries = int(rng.choice([1, 2, rng.integers(3, 40), rng.integers(40, 120)]))
     hidden = int(rng.choice(HIDDEN_SIZES))
     memory = random_memory(
@@ -58,13 +64,15 @@ def random_case(
     if rng.integers(2):  # as near as in a domain, not as far as at random
         x = memory.keys[rng.integers(0, entries, batch * length)] + memory.center + 0.05 * x
     stored = store(memory, key_type, half_values=bool(rng.integers(2)))
+    columns = min(64, min(memory.k, entries) + int(rng.choice([0, 0, 3])))
+    if two_stage:
+        stored = in_two_stages(stored, int(rng.choice([columns, rng.integers(columns, 65), 64])))
     if rng.integers(2):
         spoil_capacity(stored)
-    columns = min(memory.k, entries)
     settings = {
         "schedule": SCHEDULES[rng.integers(4)],
         "seed": seed,
-        "columns": min(64, columns + int(rng.choice([0, 0, 3]))),
+        "columns": columns,
         # One to three multiprocessors; mostly with room for the widest tile.
         "device": Device(int(rng.integers(1, 4)), int(rng.choice([99, 99, 24])) * 1024),
         "in_place": bool(rng.integers(2)),
@@ -79,36 +87,62 @@ def random_case(
     )
 
 
+def in_two_stages(stored: Stored, candidates: int) -> Stored:
+    """The same memory, to be scanned as int8."""
+    return replace(stored, scan=quantize_keys(stored.memory.keys), candidates=candidates)
+
+
 def spoil_capacity(stored: Stored) -> None:
     """Put NaN wherever no valid entry is."""
-    for array in (stored.keys, stored.key_scales, stored.values, stored.memory.values):
+    scan_scales = [stored.scan.scales] if stored.scan else []
+    for array in (
+        stored.keys, stored.key_scales, stored.values, stored.memory.values, *scan_scales
+    ):  # fmt: skip
         if array.dtype != np.int8:
             array[stored.memory.n_valid :] = np.nan
 
 
 def check(case: Case, got: Blended) -> None:
     """The answer is float64's, up to fp32 rounding and to which of two equals came last."""
-    memory = case.stored.memory
+    memory, x = case.stored.memory, case.x.astype(np.float64)
     k, n = min(memory.k, len(memory.keys)), min(memory.k, memory.n_valid)
-    exact = knn_blend(case.x, case.r, memory, case.state, case.lengths, dtype=np.float64)
     ids, similarities = got.neighbors[:, :k], got.similarities[:, :k]
-    np.testing.assert_allclose(similarities, exact.similarities, atol=TOLERANCE)
-    assert (got.neighbors[:, n:] >= memory.n_valid).all()
+    assert (got.neighbors[:, n:] == memory.n_valid + np.arange(got.neighbors.shape[1] - n)).all()
     assert (got.similarities[:, n:] == 0).all()
-    np.testing.assert_array_equal(ids[:, n:], exact.neighbors[:, n:])
-    # Of two entries that rounding cannot tell apart either may be the last neighbour: the rows are
-    # compared with the blend of those that were taken, and those must be as near as the best.
-    every = replace(memory, k=len(memory.keys))
-    all_ids, all_similarities, _ = search(case.x.astype(np.float64), every, np.float64)
-    for t, taken_ids in enumerate(ids[:, :n]):
-        by_id = np.empty(len(memory.keys))
-        by_id[all_ids[t]] = all_similarities[t]
-        assert len(set(taken_ids.tolist())) == n
-        np.testing.assert_allclose(by_id[taken_ids], exact.similarities[t, :n], atol=TOLERANCE)
-    taken = blend_found(
-        case.r.astype(np.float64), memory, ids, exact.similarities, ids < memory.n_valid,
+    all_ids, found, _ = search(x, replace(memory, k=len(memory.keys)), np.float64)
+    exact = np.empty_like(found)
+    np.put_along_axis(exact, all_ids, found, axis=1)
+    surely, perhaps = candidates_of(case)
+    # Of two entries that rounding cannot tell apart either may be the last candidate, or the last
+    # neighbour: those that were taken must be as near as the best, and the rows are compared with
+    # the blend of them.
+    taken = np.take_along_axis(exact, ids, axis=1)
+    np.testing.assert_allclose(similarities, taken, atol=TOLERANCE)
+    for t in range(len(x)):
+        assert len(set(ids[t, :n].tolist())) == n
+        assert perhaps[t, ids[t, :n]].all()
+        worst, best = (np.sort(exact[t, some])[::-1][:n] for some in (surely[t], perhaps[t]))
+        assert (similarities[t, : len(worst)] >= worst - TOLERANCE).all()
+        assert (similarities[t, :n] <= best + TOLERANCE).all()
+        assert (np.diff(similarities[t]) <= 0).all()
+    blended = blend_found(
+        case.r.astype(np.float64), memory, ids, taken, ids < memory.n_valid,
         case.state.astype(np.float64), case.lengths, dtype=np.float64,
     )  # fmt: skip
-    np.testing.assert_allclose(got.rows, taken.rows, atol=TOLERANCE)
-    np.testing.assert_allclose(got.confidence, exact.confidence, atol=TOLERANCE)
-    np.testing.assert_allclose(got.state, exact.state, rtol=TOLERANCE, atol=TOLERANCE)
+    np.testing.assert_allclose(got.rows, blended.rows, atol=TOLERANCE)
+    np.testing.assert_allclose(got.confidence, blended.confidence, atol=TOLERANCE)
+    np.testing.assert_allclose(got.state, blended.state, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def candidates_of(case: Case) -> tuple[Any, Any]:
+    """Which entries [T, N] are candidates whatever rounding does, and which may be."""
+    stored, tokens = case.stored, len(case.x)
+    valid = np.arange(len(stored.keys)) < stored.memory.n_valid
+    if stored.scan is None or stored.candidates >= stored.memory.n_valid:
+        everyone = np.tile(valid, (tokens, 1))
+        return everyone, everyone
+    scores = scan_scores(case.x.astype(np.float64), stored.memory, stored.scan, np.float64)
+    last = np.sort(scores, axis=1)[:, [-stored.candidates]]
+    size = np.abs(scores[:, valid]).max(axis=1, keepdims=True)
+    margin = 1e-6 * (1 + size)
+    return scores > last + margin, scores >= last - margin

@@ -17,6 +17,7 @@ import pytest
 
 from knnmoe.runtime.blend import Blended, GateMemory
 from knnmoe.runtime.errors import BackendError
+from knnmoe.runtime.two_stage import ScanKeys
 from knnmoe.trt_plugins.library import PLUGIN
 from knnmoe.trt_plugins.plan import (
     KERNELS,
@@ -57,7 +58,7 @@ class CProblem(ctypes.Structure):
     _fields_ = (
         ("key_type", ctypes.c_int), ("tokens", ctypes.c_int), ("sequences", ctypes.c_int),
         ("hidden", ctypes.c_int), ("experts", ctypes.c_int), ("columns", ctypes.c_int),
-        ("capacity", ctypes.c_longlong),
+        ("candidates", ctypes.c_int), ("capacity", ctypes.c_longlong),
     )  # fmt: skip
 
 
@@ -129,7 +130,10 @@ def plan_in_c(problem: Problem, device: Device) -> Plan:
 
 def _c_plan(emulation: ctypes.CDLL, problem: Problem, device: Device) -> CPlan:
     plan = CPlan()
-    sizes = (problem.tokens, problem.sequences, problem.hidden, problem.experts, problem.columns)
+    sizes = (
+        problem.tokens, problem.sequences, problem.hidden, problem.experts, problem.columns,
+        problem.candidates,
+    )  # fmt: skip
     c_problem = CProblem(KEY_TYPES.index(problem.key_type), *sizes, problem.capacity)
     c_device = CDevice(device.multiprocessors, device.shared_bytes)
     emulation.knnmoe_plan(ctypes.byref(c_problem), ctypes.byref(c_device), ctypes.byref(plan))
@@ -145,6 +149,8 @@ class Stored:
     key_scales: Any
     values: Any
     key_type: KeyType
+    scan: ScanKeys | None = None  # scanned in the place of the keys …
+    candidates: int = 0  # … for that many candidates
 
 
 def store(memory: GateMemory, key_type: KeyType, half_values: bool) -> Stored:
@@ -199,12 +205,18 @@ def blend(
     columns = min(memory.k, entries) if columns is None else columns
     tokens, hidden = x.shape
     experts = r.shape[1]
-    problem = Problem(stored.key_type, tokens, len(lengths), hidden, experts, columns, entries)
+    problem = Problem(
+        stored.key_type, tokens, len(lengths), hidden, experts, columns, entries, stored.candidates
+    )
     plan = make_plan(problem, device)
+    keys, key_scales = aligned(stored.keys), stored.key_scales.astype(np.float32)
+    scan = stored.scan
     r, state = r.astype(np.float32), state.astype(np.float32)
     arrays = {
-        "x": x.astype(np.float32), "r": r, "keys": aligned(stored.keys),
-        "key_scales": stored.key_scales.astype(np.float32), "values": aligned(stored.values),
+        "x": x.astype(np.float32), "r": r, "keys": keys, "key_scales": key_scales,
+        "scan_keys": keys if scan is None else aligned(scan.keys),
+        "scan_scales": key_scales if scan is None else scan.scales,
+        "values": aligned(stored.values),
         "n_valid": np.array([memory.n_valid], np.int64), "k": np.array([memory.k], np.int64),
         "center": memory.center, "calibration": memory.calibration.vector(), "state": state,
         "lengths": lengths.astype(np.int64),
@@ -222,8 +234,9 @@ def blend(
         params[name] = array.ctypes.data
     numbers = {
         "capacity": entries, "tokens": tokens, "sequences": len(lengths), "hidden": hidden,
-        "experts": experts, "columns": columns, "splits": plan.splits,
-        "rbf": memory.similarity == "rbf", "half_values": stored.values.dtype == np.float16,
+        "experts": experts, "columns": columns, "candidates": stored.candidates,
+        "splits": plan.splits, "rbf": memory.similarity == "rbf",
+        "half_values": stored.values.dtype == np.float16,
     }  # fmt: skip
     for name, number in numbers.items():
         params[name] = number

@@ -40,6 +40,13 @@ def inputs(keys: int = FLOAT, values: int = FLOAT) -> list[Spec]:
     ]  # fmt: skip
 
 
+def two_stage_inputs(keys: int = FLOAT, scan: int = INT8) -> list[Spec]:
+    scanned: list[Spec] = [
+        ("scan_keys", scan, ("entries", HIDDEN)), ("scan_scales", FLOAT, ("entries", 2)),
+    ]  # fmt: skip
+    return inputs(keys) + scanned
+
+
 OUTPUTS: list[Spec] = [
     ("rows", FLOAT, ("tokens", EXPERTS)), ("state_out", FLOAT, ("batch", 2)),
     ("confidence", FLOAT, ("tokens",)), ("neighbors", INT64, ("tokens", "neighbors")),
@@ -47,11 +54,11 @@ OUTPUTS: list[Spec] = [
 ]  # fmt: skip
 
 
-def node_model(specs: list[Spec], similarity: str = "cosine") -> onnx.ModelProto:
+def node_model(specs: list[Spec], similarity: str = "cosine", **attributes: int) -> onnx.ModelProto:
     """A graph of the one node."""
     node = helper.make_node(
         "KnnBlend", [s[0] for s in specs], [s[0] for s in OUTPUTS], name="blend",
-        domain="knnmoe", similarity=similarity, plugin_namespace="knnmoe",
+        domain="knnmoe", similarity=similarity, plugin_namespace="knnmoe", **attributes,
     )  # fmt: skip
     tensors = [[helper.make_tensor_value_info(*s) for s in side] for side in (specs, OUTPUTS)]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("knnmoe", 1)]
@@ -95,7 +102,11 @@ def build(model: onnx.ModelProto, capabilities: tuple[str, ...] = ("SM86",)) -> 
     return layers.count(trt.LayerType.PLUGIN_V3), plan.nbytes if plan else 0
 
 
+ALIVE: list[Any] = []  # a PluginField points into the array it was given, and does not hold it
+
+
 def fields(**content: Any) -> Any:
+    ALIVE.append(content)
     kinds = {bytes: trt.PluginFieldType.CHAR, np.ndarray: trt.PluginFieldType.INT32}
     return trt.PluginFieldCollection(
         [trt.PluginField(name, value, kinds[type(value)]) for name, value in content.items()]
@@ -107,14 +118,18 @@ def main(path: Path) -> None:
     assert (creator.name, creator.plugin_version) == ("KnnBlend", "1")
     assert creator.plugin_namespace == "knnmoe"
     for similarity in (b"cosine", b"rbf", b"rbf\0"):
-        content = fields(similarity=similarity)
-        assert creator.create_plugin("blend", content, trt.TensorRTPhase.BUILD)
-        assert creator.create_plugin("blend", content, trt.TensorRTPhase.RUNTIME)
+        numbers = {"max_neighbors": np.array([8], np.int32), "candidates": np.array([32], np.int32)}
+        for content in (fields(similarity=similarity), fields(similarity=similarity, **numbers)):
+            assert creator.create_plugin("blend", content, trt.TensorRTPhase.BUILD)
+            assert creator.create_plugin("blend", content, trt.TensorRTPhase.RUNTIME)
     for wrong in (
         fields(),
         fields(similarity=b"dot"),
         fields(similarity=np.array([1], np.int32)),
         fields(similarity=b"rbf", neighbors=np.array([8], np.int32)),
+        fields(similarity=b"rbf", max_neighbors=np.array([65], np.int32)),
+        fields(similarity=b"rbf", max_neighbors=np.array([8, 8], np.int32)),
+        fields(similarity=b"rbf", candidates=np.array([32], np.int32)),  # of 64 neighbours
     ):
         assert creator.create_plugin("blend", wrong, trt.TensorRTPhase.BUILD) is None
 
@@ -125,12 +140,23 @@ def main(path: Path) -> None:
         plugins, size = build(node_model(inputs(keys, values), "rbf"))
         assert plugins == 1
         assert size > 0
+    plugins, size = build(node_model(inputs(), max_neighbors=8))
+    assert plugins == 1
+    assert size > 0
+    for keys in (FLOAT, HALF):
+        plugins, size = build(node_model(two_stage_inputs(keys), max_neighbors=8, candidates=32))
+        assert plugins == 1
+        assert size > 0
     for name in ("cosine", "rbf-assignment", "cosine-assignment"):
         plugins, size = build(gate_model(name), ("SM86", "SM89", "SM120"))
         assert plugins == 1, name
         assert size > 0
 
     assert build(node_model(inputs(), "dot")) == (0, 0)
+    assert build(node_model(inputs(), max_neighbors=65)) == (0, 0)
+    assert build(node_model(two_stage_inputs()[:-1]))[1] == 0
+    assert build(node_model(two_stage_inputs(INT8)))[1] == 0
+    assert build(node_model(two_stage_inputs(scan=HALF)))[1] == 0
     for name, dtype, shape in (
         ("calibration", FLOAT, (7,)),
         ("center", FLOAT, (HIDDEN + 1,)),

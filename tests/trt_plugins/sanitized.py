@@ -12,6 +12,6 @@ from emulated import SANITIZERS, build  # noqa: E402
 if __name__ == "__main__":
     emulation = build(flags=SANITIZERS)
     for seed in range(int(sys.argv[1])):
-        case = random_case(seed, prefill=seed % 4 == 3)
+        case = random_case(seed, prefill=seed % 4 == 3, two_stage=seed % 5 in (1, 3))
         check(case, case.run(emulation=emulation))
     print("clean")

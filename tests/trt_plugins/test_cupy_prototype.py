@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from blend_cases import Case, check
+from blend_cases import Case, check, in_two_stages
 from emulated import aligned, library, store
 
 from knnmoe.runtime.blend import Blended
@@ -113,6 +114,9 @@ def make_blend(case: Case, **changed: Any) -> CupyBlend:
         "calibration": memory.calibration.vector(), "n_valid": memory.n_valid, "k": memory.k,
         "similarity": memory.similarity,
     }  # fmt: skip
+    if scan := case.stored.scan:
+        arrays |= {"scan_keys": scan.keys, "scan_scales": scan.scales}
+        arrays |= {"candidates": case.stored.candidates}
     return CupyBlend(MemoryArrays(**{**arrays, **changed}), max_tokens=40, cupy=fake_cupy())
 
 
@@ -124,6 +128,56 @@ def test_the_launches_blend(key_type: KeyType, similarity: Any, tokens: int) -> 
     got = make_blend(case)(case.x, case.r, case.state, case.lengths)
     outputs = (got.rows, got.confidence, got.neighbors, got.similarities, got.state)
     check(case, Blended(*(np.asarray(x) for x in outputs)))
+
+
+@pytest.mark.parametrize("key_type", ["f32", "f16"])
+@pytest.mark.parametrize("similarity", ["cosine", "rbf"])
+@pytest.mark.parametrize("tokens", [1, 6, 16, 33])
+def test_the_launches_blend_in_two_stages(key_type: KeyType, similarity: Any, tokens: int) -> None:
+    case = make_case(key_type, tokens, similarity)
+    case = replace(case, stored=in_two_stages(case.stored, 12))
+    got = make_blend(case)(case.x, case.r, case.state, case.lengths)
+    outputs = (got.rows, got.confidence, got.neighbors, got.similarities, got.state)
+    check(case, Blended(*(np.asarray(x) for x in outputs)))
+
+
+def test_a_bound_call_in_two_stages_sees_new_keys_of_both_stages() -> None:
+    case, other = (
+        replace(case, stored=in_two_stages(case.stored, 6))
+        for case in (make_case("f16", 3), make_case("f16", 4))
+    )
+    blend = make_blend(case)
+    bound = blend.bind(case.x, case.r, case.state, case.lengths)
+    stored = other.stored
+    assert stored.scan is not None
+    blend.update(
+        keys=stored.keys, key_scales=stored.key_scales, scan_keys=stored.scan.keys,
+        scan_scales=stored.scan.scales, values=stored.values, center=stored.memory.center,
+        calibration=stored.memory.calibration.vector(),
+    )  # fmt: skip
+    bound.run()
+    fresh = make_blend(other)(case.x, case.r, case.state, case.lengths)
+    np.testing.assert_array_equal(bound.rows, fresh.rows)
+    np.testing.assert_array_equal(bound.neighbors, fresh.neighbors)
+
+
+def test_what_does_not_fit_two_stages_is_refused_by_name() -> None:
+    case = make_case("f16", 2)
+    case = replace(case, stored=in_two_stages(case.stored, 12))
+    scan = case.stored.scan
+    assert scan is not None
+    for changed, problem in (
+        ({"scan_keys": None}, "scan_keys: missing"),
+        ({"scan_scales": None}, "scan_scales: missing"),
+        ({"scan_keys": scan.keys[:-1]}, "scan_keys: of another shape"),
+        ({"scan_scales": scan.scales[:, :1]}, "scan_scales: of another shape"),
+        ({"scan_keys": case.stored.keys}, "scan_keys: of another type"),
+        ({"keys": scan.keys}, "keys: cannot be int8"),
+        ({"candidates": 4}, "candidates: out of range"),
+        ({"candidates": 65}, "candidates: out of range"),
+    ):
+        with pytest.raises(SettingError, match=f"^{problem}"):
+            make_blend(case, **changed)
 
 
 def test_a_bound_call_sees_a_swapped_memory_and_new_numbers() -> None:

@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blend_cases import TOLERANCE, Case, check, random_case
+from blend_cases import TOLERANCE, Case, check, in_two_stages, random_case
 from emulated import SCHEDULES, SMALL_DEVICE, blend, library, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knnmoe.runtime.blend import knn_blend
 from knnmoe.runtime.calibration import Calibration
+from knnmoe.runtime.two_stage import ScanKeys, knn_blend_in_two_stages
 from knnmoe.trt_plugins.plan import KEY_TYPES, Device, KeyType
 from memories import random_calibration, random_memory
 
 EXPERTS = 6
+FULL_TYPES: tuple[KeyType, ...] = ("f32", "f16")  # of keys that int8 ones are scanned in place of
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
@@ -36,10 +38,35 @@ def test_prefill_agrees_with_float64(key_type: KeyType, seed: int) -> None:
     check(case, case.run())
 
 
+@pytest.mark.parametrize("key_type", FULL_TYPES)
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1_000_000))
+def test_decode_in_two_stages_agrees_with_float64(key_type: KeyType, seed: int) -> None:
+    case = random_case(seed, key_type=key_type, two_stage=True)
+    check(case, case.run())
+
+
+@pytest.mark.parametrize("key_type", FULL_TYPES)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1_000_000))
+def test_prefill_in_two_stages_agrees_with_float64(key_type: KeyType, seed: int) -> None:
+    case = random_case(seed, key_type=key_type, prefill=True, two_stage=True)
+    check(case, case.run())
+
+
 @pytest.mark.parametrize("tokens", range(1, 17))
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 def test_every_number_of_tokens_is_served(key_type: KeyType, tokens: int) -> None:
     case = _plain_case(key_type, tokens)
+    for schedule in SCHEDULES:
+        check(case, case.run(schedule=schedule))
+
+
+@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize("key_type", FULL_TYPES)
+def test_every_number_of_tokens_is_served_in_two_stages(key_type: KeyType, tokens: int) -> None:
+    case = _plain_case(key_type, tokens)
+    case = replace(case, stored=in_two_stages(case.stored, 33))
     for schedule in SCHEDULES:
         check(case, case.run(schedule=schedule))
 
@@ -56,12 +83,22 @@ def test_hidden_sizes_of_real_models(key_type: KeyType, hidden: int, tokens: int
     case = Case(store(memory, key_type, True), x, r, state, np.array([tokens]), {})
     for device in (SMALL_DEVICE, Device(2, 227 * 1024)):
         check(case, case.run(device=device))
+    if key_type != "i8":
+        case = replace(case, stored=in_two_stages(case.stored, 16))
+        check(case, case.run())
 
 
+@pytest.mark.parametrize("two_stage", [False, True])
 @pytest.mark.parametrize("key_type", KEY_TYPES)
-@pytest.mark.parametrize("tokens", [2, 16, 33])
-def test_the_order_in_which_threads_run_changes_no_bit(key_type: KeyType, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 16, 33])
+def test_the_order_in_which_threads_run_changes_no_bit(
+    key_type: KeyType, tokens: int, two_stage: bool
+) -> None:
     case = _plain_case(key_type, tokens)
+    if two_stage:
+        if key_type == "i8":
+            pytest.skip("int8 keys are scanned as they are")
+        case = replace(case, stored=in_two_stages(case.stored, 40))
     results = [
         case.run(schedule=schedule, seed=seed, device=Device(3, 99 * 1024))
         for schedule in SCHEDULES
@@ -93,6 +130,76 @@ def test_ties_go_to_the_lower_index(key_type: KeyType, tokens: int) -> None:
         # The copies of the best entry come first, in order.
         copies = np.arange(ids[0], 60, 7)
         np.testing.assert_array_equal(ids[: len(copies)], copies)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 20])
+def test_of_equal_scores_the_lower_index_is_candidate_and_neighbour(tokens: int) -> None:
+    """Five int8 keys nine times over: the candidates are copies of the best, lower index first.
+
+    The keys themselves say that among them the higher index is nearer, but for equal pairs.
+    """
+    scan_one = np.random.default_rng(0).integers(-127, 128, (5, 16)).astype(np.int8)
+    scan = ScanKeys(np.tile(scan_one, (9, 1)), np.ones((45, 2), np.float32))
+    direction = np.ones(16, np.float32) / 4
+    keys = np.repeat(np.linspace(0.1, 0.9, 23), 2)[:45, None] * direction
+    memory = replace(
+        random_memory(0, entries=45, k=8), keys=keys.astype(np.float32),
+        key_scales=np.ones((45, 2), np.float32), center=np.zeros(16, np.float32),
+    )  # fmt: skip
+    stored = replace(store(memory, "f32", False), scan=scan, candidates=12)
+    x = np.tile(np.ones(16, np.float32), (tokens, 1))
+    x += 1e-3 * np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    x[:, 0] += np.arange(tokens) / 100
+    r, state, lengths = np.zeros((tokens, EXPERTS)), np.zeros((1, 2)), np.array([tokens])
+    exact = knn_blend_in_two_stages(
+        x, r, memory, scan, 12, state, lengths, dtype=np.float64
+    )  # fmt: skip
+    got = blend(stored, x, r, state, lengths, device=Device(2, 99 * 1024))
+    np.testing.assert_array_equal(got.neighbors, exact.neighbors)
+    order = np.argsort(-(x @ scan_one.T.astype(np.float32)), axis=1)
+    for ids, classes in zip(got.neighbors, order, strict=True):
+        expected = np.r_[np.arange(classes[0], 45, 5), np.arange(classes[1], 45, 5)[:3]]
+        assert set(ids.tolist()) <= set(expected.tolist())
+        pairs = ids // 2
+        assert (np.diff(pairs) <= 0).all()  # the nearest first …
+        assert (np.diff(ids)[np.diff(pairs) == 0] == 1).all()  # … and of a pair the lower index
+
+
+@pytest.mark.parametrize("key_type", FULL_TYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 16, 20])
+@pytest.mark.parametrize("n_valid", [0, 1, 9, 69, 70])
+def test_candidates_may_be_more_or_fewer_than_entries_and_as_many_as_neighbours(
+    key_type: KeyType, tokens: int, n_valid: int
+) -> None:
+    case = _plain_case(key_type, tokens)
+    memory = replace(case.stored.memory, n_valid=n_valid)
+    for candidates in (8, 64):
+        stored = in_two_stages(store(memory, key_type, False), candidates)
+        at_hand = replace(case, stored=stored)
+        got = at_hand.run()
+        check(at_hand, got)
+        if n_valid == 0:
+            assert got.rows.tobytes() == case.r.astype(np.float32).tobytes()
+        if candidates >= n_valid and key_type == "f32":  # all are scored again, by the same sums
+            exact = replace(case, stored=store(memory, key_type, False)).run()
+            np.testing.assert_allclose(got.similarities, exact.similarities, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 20])
+def test_scoring_again_finds_what_int8_alone_ranks_wrongly(tokens: int) -> None:
+    """Entries nearer to each other than steps of int8 are: only the keys tell them apart."""
+    rng = np.random.default_rng(4)
+    memory = random_memory(12, entries=40, hidden_size=64, k=4)
+    keys = memory.keys[:1] + 2e-3 * rng.normal(size=(40, 64))
+    keys = (keys / np.linalg.norm(keys, axis=1, keepdims=True)).astype(np.float32)
+    memory = replace(memory, keys=keys, key_scales=np.ones_like(memory.key_scales))
+    x = keys[rng.integers(0, 40, tokens)] + memory.center
+    rest = (np.zeros((tokens, EXPERTS)), np.zeros((1, 2)), np.array([tokens]))
+    exact = knn_blend(x, rest[0], memory, *rest[1:], dtype=np.float64).neighbors
+    alone = blend(store(memory, "i8", False), x, *rest).neighbors
+    assert (alone != exact).any(axis=1).mean() > 0.5
+    again = blend(in_two_stages(store(memory, "f32", False), 40), x, *rest).neighbors
+    np.testing.assert_array_equal(again, exact)
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
@@ -203,8 +310,8 @@ def test_padding_leaves_no_trace_in_the_state(tokens: int) -> None:
 def test_a_ticket_serves_call_after_call_without_being_cleared() -> None:
     """What a captured CUDA graph does: the same memory, replayed, nothing reset in between."""
     ticket = np.zeros(1, np.uint32)
-    for seed in range(12):
-        case = random_case(seed, prefill=seed % 3 == 2)
+    for seed in range(18):
+        case = random_case(seed, prefill=seed % 3 == 2, two_stage=seed % 2 == 1)
         check(case, case.run(ticket=ticket))
         assert ticket[0] == 0
 
@@ -222,6 +329,18 @@ def test_decode_reads_every_key_once(key_type: KeyType) -> None:
         case.run()
         reads = -(-tokens // 4) if key_type == "f32" else 1  # no tensor cores for fp32 keys
         assert library().knnmoe_streamed_bytes() == reads * 192 * 64 * stored.keys.itemsize
+
+
+@pytest.mark.parametrize("key_type", FULL_TYPES)
+def test_two_stages_read_every_int8_key_once_and_the_candidates(key_type: KeyType) -> None:
+    memory = random_memory(10, entries=256, hidden_size=64, n_valid=192)
+    stored = in_two_stages(store(memory, key_type, False), 20)
+    for tokens in (1, 2, 8, 16):
+        x, r = np.ones((tokens, 64)), np.ones((tokens, EXPERTS))
+        library().knnmoe_streamed_bytes()
+        blend(stored, x, r, np.zeros((1, 2)), np.array([tokens]), device=Device(3, 200 * 1024))
+        rows = 192 * 64 + tokens * 20 * 64 * stored.keys.itemsize
+        assert library().knnmoe_streamed_bytes() == rows
 
 
 def test_numbers_on_the_device_that_are_out_of_range_are_clamped() -> None:

@@ -6,12 +6,13 @@ import ctypes
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from blend_cases import check, random_case
+from blend_cases import Case, check, random_case
 from emulated import aligned, compile_emulation
 
 from knnmoe.runtime.blend import Blended
@@ -76,6 +77,8 @@ def test_tensorrt_takes_the_plugin_and_builds_engines_with_it(plugin: Path, tmp_
     assert done.stdout.endswith("taken\n"), done.stdout[-2000:] + done.stderr[-4000:]
     assert 'similarity must be "cosine" or "rbf", is "dot"' in done.stderr
     assert "calibration must have size 11, has 7" in done.stderr
+    assert "max_neighbors must be 1 to 64, is 65" in done.stderr
+    assert "takes 11 inputs, or 13 to search in two stages" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +92,64 @@ def emulated_plugin() -> ctypes.CDLL:
 def test_enqueue_blends(emulated_plugin: ctypes.CDLL, key_type: KeyType, seed: int) -> None:
     """Driven as TensorRT would: created, attached, told the shapes, enqueued twice."""
     case = random_case(seed, key_type=key_type, prefill=seed % 3 == 2)
+    check(case, enqueue(emulated_plugin, case, max_neighbors=64))
+
+
+@pytest.mark.parametrize("key_type", ["f32", "f16"])
+@pytest.mark.parametrize("seed", range(6))
+def test_enqueue_blends_in_two_stages(
+    emulated_plugin: ctypes.CDLL, key_type: KeyType, seed: int
+) -> None:
+    case = random_case(seed, key_type=key_type, prefill=seed % 3 == 2, two_stage=True)
+    check(case, enqueue(emulated_plugin, case, max_neighbors=case.settings["columns"]))
+
+
+def test_the_fields_bound_each_other(
+    emulated_plugin: ctypes.CDLL, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = random_case(1, key_type="f16", two_stage=True)
+    for max_neighbors, candidates, message in (
+        (0, 64, "max_neighbors must be 1 to 64, is 0"),
+        (65, 64, "max_neighbors must be 1 to 64, is 65"),
+        (9, 8, "candidates must be 9 (max_neighbors) to 64, is 8"),
+        (1, 65, "candidates must be 1 to 64, is 65"),
+    ):
+        stored = replace(case.stored, candidates=candidates)
+        with pytest.raises(RuntimeError, match="-1"):
+            enqueue(emulated_plugin, replace(case, stored=stored), max_neighbors)
+        assert message in capfd.readouterr().err
+
+
+def test_two_stages_take_no_int8_keys_and_no_other_count_of_inputs(
+    emulated_plugin: ctypes.CDLL, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = random_case(1, key_type="f16", two_stage=True)
+    assert case.stored.scan is not None
+    int8 = replace(case, stored=replace(case.stored, keys=case.stored.scan.keys))
+    with pytest.raises(RuntimeError, match="-5"):
+        enqueue(emulated_plugin, int8, 64)
+    with pytest.raises(RuntimeError, match="-2"):
+        enqueue(emulated_plugin, case, 64, left_out=1)
+    assert "takes 11 inputs, or 13 to search in two stages" in capfd.readouterr().err
+
+
+def enqueue(plugin: ctypes.CDLL, case: Case, max_neighbors: int, left_out: int = 0) -> Blended:
+    """What the plugin answers.
+
+    Raises:
+        RuntimeError: With the number of the step that refused; see emulation/plugin.cpp.
+    """
     memory, stored = case.stored.memory, case.stored
-    columns = min(64, len(stored.keys))
+    columns = min(max_neighbors, len(stored.keys))
     inputs = [
         case.x, case.r, aligned(stored.keys), stored.key_scales, aligned(stored.values),
         np.array([memory.n_valid]), np.array([memory.k]), memory.center,
         memory.calibration.vector(), case.state, case.lengths,
     ]  # fmt: skip
+    if stored.scan:
+        inputs += [aligned(stored.scan.keys), stored.scan.scales]
+    inputs = inputs[: len(inputs) - left_out]
+    count = len(inputs)
     tokens = len(case.x)
     outputs = [
         np.full(case.r.shape, np.nan, np.float32), np.full(case.state.shape, np.nan, np.float32),
@@ -105,15 +159,17 @@ def test_enqueue_blends(emulated_plugin: ctypes.CDLL, key_type: KeyType, seed: i
     # DataType of TensorRT: kFLOAT, kHALF, kINT8, kINT64.
     types = {"float32": 0, "float16": 1, "int8": 2, "int64": 8}
     dimensions = [size for a in inputs for size in (*a.shape, 0)[:2]]
-    result = emulated_plugin.knnmoe_enqueue(
-        memory.similarity.encode(), (ctypes.c_longlong * 22)(*dimensions),
-        (ctypes.c_int * 11)(*(types[a.dtype.name] for a in inputs)),
-        (ctypes.c_void_p * 11)(*(a.ctypes.data for a in inputs)),
+    result = plugin.knnmoe_enqueue(
+        memory.similarity.encode(), max_neighbors, stored.candidates or 64, count,
+        (ctypes.c_longlong * (2 * count))(*dimensions),
+        (ctypes.c_int * count)(*(types[a.dtype.name] for a in inputs)),
+        (ctypes.c_void_p * count)(*(a.ctypes.data for a in inputs)),
         (ctypes.c_void_p * 5)(*(a.ctypes.data for a in outputs)),
     )  # fmt: skip
-    assert result == 0
+    if result != 0:
+        raise RuntimeError(result)
     rows, state, confidence, neighbors, similarities = outputs
-    check(case, Blended(rows, confidence, neighbors, similarities, state))
+    return Blended(rows, confidence, neighbors, similarities, state)
 
 
 def test_without_the_library_the_error_says_how_to_build_it(

@@ -28,7 +28,7 @@ def test_random_calls_are_clean_under_the_sanitizers() -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
     done = subprocess.run(
-        [sys.executable, SCRIPT, "16"], capture_output=True, text=True, check=False,
+        [sys.executable, SCRIPT, "25"], capture_output=True, text=True, check=False,
         env=environment, timeout=300,
     )  # fmt: skip
     assert done.stdout.endswith("clean\n"), done.stderr[-6000:]

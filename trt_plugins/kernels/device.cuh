@@ -22,6 +22,7 @@ constexpr unsigned kEveryLane = 0xffffffffu;
 #ifdef KNNMOE_EMULATION
 using emulation::load_stream;
 using emulation::multiply_fragments;
+using emulation::prefetch;
 #else
 // Sixteen bytes that are read once: kept out of L1, where the queries are. Volatile, as is the
 // product below, so that loads stay where they are written: many of them before the first use.
@@ -31,6 +32,11 @@ __device__ inline uint4 load_stream(const void* address) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
     return v;
+}
+
+// Asks for a line of 128 bytes to be brought to L2, and does not wait for it.
+__device__ inline void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // d += a·b on a tensor core: a is 16×16 fp16, b is 16×8 fp16, d is 16×8 fp32.
@@ -96,6 +102,17 @@ __device__ inline int valid_entries(const BlendParams& p) {
 
 __device__ inline int neighbor_count(const BlendParams& p, int n) {
     return clamp_count(*p.k, n < p.columns ? n : p.columns);
+}
+
+// Places in the lists that a scan keeps, and how many of them it fills: with neighbours, or with
+// candidates that are scored again.
+__device__ inline int list_columns(const BlendParams& p) {
+    return p.candidates > 0 ? p.candidates : p.columns;
+}
+
+__device__ inline int list_count(const BlendParams& p, int n) {
+    if (p.candidates == 0) return neighbor_count(p, n);
+    return n < p.candidates ? n : p.candidates;
 }
 
 }  // namespace knnmoe

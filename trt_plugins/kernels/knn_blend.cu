@@ -3,7 +3,7 @@
 // Hosts: nvcc links this file into the TensorRT plugin, NVRTC compiles it for CuPy, and the tests
 // include it on a CPU. The second number of __launch_bounds__ is how many blocks an SM should hold:
 // what keeps enough loads in flight (decode), or what the registers allow (prefill).
-#include "prefill.cuh"
+#include "rescore.cuh"
 
 namespace knnmoe {
 
@@ -36,6 +36,10 @@ using PrefillI8 = MmaTile<signed char, 4, 4>;
     X(knnmoe_decode_i8_2, knnmoe::kWarps, 2, decode<knnmoe::FmaTile<signed char, 2>>)            \
     X(knnmoe_decode_i8_8, knnmoe::kWarps, 2, decode<knnmoe::MmaI8x8>)                            \
     X(knnmoe_decode_i8_16, knnmoe::kWarps, 2, decode<knnmoe::MmaI8x16>)                          \
+    X(knnmoe_decode_two_stage_f32, knnmoe::kWarps, 3, decode_two_stage<float>)                   \
+    X(knnmoe_decode_two_stage_f16, knnmoe::kWarps, 3, decode_two_stage<__half>)                  \
+    X(knnmoe_decode_rescore_f32, knnmoe::kWarps, 2, decode_rescore<float>)                       \
+    X(knnmoe_decode_rescore_f16, knnmoe::kWarps, 2, decode_rescore<__half>)                      \
     X(knnmoe_prefill_prepare_f32, knnmoe::kFinishWarps, 1, prefill_prepare<knnmoe::PrefillF32>)  \
     X(knnmoe_prefill_prepare_f16, knnmoe::kFinishWarps, 1, prefill_prepare<knnmoe::PrefillF16>)  \
     X(knnmoe_prefill_prepare_i8, knnmoe::kFinishWarps, 1, prefill_prepare<knnmoe::PrefillI8>)    \
@@ -43,6 +47,8 @@ using PrefillI8 = MmaTile<signed char, 4, 4>;
     X(knnmoe_prefill_scan_f16, knnmoe::kPrefillWarps, 2, prefill_scan<knnmoe::PrefillF16>)       \
     X(knnmoe_prefill_scan_i8, knnmoe::kPrefillWarps, 2, prefill_scan<knnmoe::PrefillI8>)         \
     X(knnmoe_prefill_merge, knnmoe::kFinishWarps, 1, prefill_merge)                              \
+    X(knnmoe_prefill_rescore_f32, knnmoe::kWarps, 2, prefill_rescore<float>)                     \
+    X(knnmoe_prefill_rescore_f16, knnmoe::kWarps, 2, prefill_rescore<__half>)                    \
     X(knnmoe_prefill_gate, knnmoe::kFinishWarps, 1, prefill_gate)                                \
     X(knnmoe_prefill_finish, knnmoe::kFinishWarps, 1, prefill_finish)
 

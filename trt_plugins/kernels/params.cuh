@@ -36,6 +36,8 @@ struct BlendParams {
     const float* r;             // [T, E]
     const void* keys;           // [N, D] fp32, fp16 or int8, as the kernel's name says
     const float* key_scales;    // [N, 2] multiplier, squared norm
+    const void* scan_keys;      // [N, D] what is scanned: `keys`, or int8 of them if candidates > 0
+    const float* scan_scales;   // [N, 2] the same of them
     const void* values;         // [N, E] fp32, or fp16 if half_values
     const long long* n_valid;   // [1]
     const long long* k;         // [1]
@@ -56,6 +58,8 @@ struct BlendParams {
     int hidden;                 // D
     int experts;                // E
     int columns;                // the most neighbours a call may ask for, at most 64
+    int candidates;             // 0: the best of the scan are the neighbours; else, columns to 64:
+                                // that many of them are scored again with `keys` (rescore.cuh)
     int splits;                 // parts the keys are scanned in, one block each
     int rbf;                    // 1: similarity = rbf, 0: cosine
     int half_values;            // 1: values are fp16
@@ -75,26 +79,27 @@ inline __host__ __device__ constexpr long long round_up(long long n, long long m
 
 // Offsets into the scratch memory. One workspace, as one ticket, serves one stream at a time.
 struct Workspace {
-    long long candidates;  // Candidate [T, columns, splits]
-    // The rest is for prefill alone.
+    long long candidates;  // Candidate [T, listed, splits]
     long long merged;      // Candidate [T, columns]
+    // The rest is for prefill alone.
     long long evidence;    // fp32 [T]
     long long gate;        // fp32 [T]
     long long scales;      // QueryScale [T rounded up to whole tiles]
     long long queries;     // [T rounded up to whole tiles], as the tile stores them
     long long bytes;
 
-    // `query_bytes` is a tile's, 0 for decode, which keeps its queries in shared memory.
+    // `listed`: the length of a block's lists, see list_columns. `query_bytes` is a tile's, 0 for
+    // decode, which keeps its queries in shared memory.
     static __host__ __device__ constexpr Workspace of(
-        int tokens, int columns, int splits, int tile_tokens, long long query_bytes) {
+        int tokens, int listed, int columns, int splits, int tile_tokens, long long query_bytes) {
         Workspace w{};
         long long tiles = (tokens + tile_tokens - 1) / tile_tokens;
-        w.merged = round_up(8LL * tokens * columns * splits, 256);
+        w.merged = round_up(8LL * tokens * listed * splits, 256);
+        w.evidence = round_up(w.merged + 8LL * tokens * columns, 256);
         if (query_bytes == 0) {
-            w.bytes = w.merged;
+            w.bytes = w.evidence;
             return w;
         }
-        w.evidence = round_up(w.merged + 8LL * tokens * columns, 256);
         w.gate = round_up(w.evidence + 4LL * tokens, 256);
         w.scales = round_up(w.gate + 4LL * tokens, 256);
         w.queries = round_up(w.scales + 8LL * tiles * tile_tokens, 256);

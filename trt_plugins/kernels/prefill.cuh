@@ -13,8 +13,12 @@
 // Bytes read      scan: n_valid·D·sizeof(Key) a tile of tokens (from L2 where the blocks of one
 //                 split run together), 4·D·T of queries a split
 // Bytes written   4·D·T of queries; 8·T·columns·splits of lists; results as decode
-// Shared memory   scan: 4 lists of `columns` candidates a token: 1 KiB · columns; others: little
+// Shared memory   scan: 4 lists of `columns` (or R) candidates a token: 1 KiB · columns, so that of
+//                 64 columns one block fits an SM of 100 KiB, where two run of 48 or fewer;
+//                 others: little. None of it grows with D, whose queries are in the workspace
 // Limits          K ≤ columns ≤ 64, N < 2^31; any T, D and E
+//
+// In a search of two stages the scan is that of int8 keys, and rescore.cuh takes the merge's place.
 #pragma once
 
 #include "decode.cuh"
@@ -24,7 +28,7 @@ namespace knnmoe {
 template <class Tile>
 __device__ inline Workspace prefill_workspace(const BlendParams& p) {
     return Workspace::of(
-        p.tokens, p.columns, p.splits, Tile::TOKENS, Tile::query_bytes(p.hidden));
+        p.tokens, list_columns(p), p.columns, p.splits, Tile::TOKENS, Tile::query_bytes(p.hidden));
 }
 
 // Where a tile-independent part of the workspace is: any tile would do.
@@ -46,28 +50,34 @@ template <class Tile>
 __device__ inline void prefill_scan(const BlendParams& p) {
     KNNMOE_DYNAMIC_SHARED(shared);
     const Workspace w = prefill_workspace<Tile>(p);
-    const int n = valid_entries(p), first_token = blockIdx.y * Tile::TOKENS;
+    const int first_token = blockIdx.y * Tile::TOKENS;
     scan_keys<Tile, kPrefillWarps>(
         p, first_token,
         reinterpret_cast<const typename Tile::Query*>(
             p.workspace + w.queries + blockIdx.y * Tile::query_bytes(p.hidden)),
         reinterpret_cast<const QueryScale*>(p.workspace + w.scales) + first_token,
-        reinterpret_cast<Candidate*>(shared), n, neighbor_count(p, n));
+        reinterpret_cast<Candidate*>(shared));
+}
+
+// Leaves a token's neighbours and its evidence in the workspace. By a whole warp.
+__device__ inline void report_merged(
+    const BlendParams& p, int token, const WarpList& list, int k) {
+    const Workspace w = prefill_workspace<AnyTile>(p);
+    Candidate* out = reinterpret_cast<Candidate*>(p.workspace + w.merged) +
+                     static_cast<long long>(token) * p.columns;
+    store_list(list, out, k);
+    // A lane weighs the ranks it stored.
+    const float mean = weigh_neighbors(p, token, out, k, nullptr);
+    if (lane_index() == 0) reinterpret_cast<float*>(p.workspace + w.evidence)[token] = mean;
 }
 
 __device__ inline void prefill_merge(const BlendParams& p) {
-    KNNMOE_DYNAMIC_SHARED(shared);
-    const Workspace w = prefill_workspace<AnyTile>(p);
     const int token = blockIdx.x * kFinishWarps + warp_index();
     if (token >= p.tokens) return;
     const int k = neighbor_count(p, valid_entries(p));
-    Candidate* list = reinterpret_cast<Candidate*>(shared) + warp_index() * p.columns;
-    merge_splits(p, token, list, k);
-    Candidate* out = reinterpret_cast<Candidate*>(p.workspace + w.merged) +
-                     static_cast<long long>(token) * p.columns;
-    for (int rank = lane_index(); rank < k; rank += kLanes) out[rank] = list[rank];
-    const float mean = weigh_neighbors(p, token, list, k, nullptr);
-    if (lane_index() == 0) reinterpret_cast<float*>(p.workspace + w.evidence)[token] = mean;
+    WarpList list;
+    merge_splits(p, token, 0, 1, k, list);
+    report_merged(p, token, list, k);
 }
 
 __device__ inline void prefill_gate(const BlendParams& p) {

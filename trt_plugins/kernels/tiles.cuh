@@ -61,14 +61,24 @@ __device__ inline float4 unpack(const uint4& v, int part, signed char) {
     return {byte(0), byte(1), byte(2), byte(3)};
 }
 
-// From an inner product with the stored query to what neighbours are ranked by.
-__device__ inline Candidate score_entry(
-    const BlendParams& p, float product, const QueryScale& query, int entry) {
-    const float* scales = p.key_scales + 2LL * entry;
+// From an inner product with the stored query to what neighbours are ranked by: similarity, or
+// what falls with the distance. `scales` are those of the key.
+__device__ inline float similarity_of(
+    const BlendParams& p, const float* scales, float product, const QueryScale& query) {
     const float inner = product * query.multiplier * scales[0];
-    if (!p.rbf) return make_candidate(inner, entry);
+    if (!p.rbf) return inner;
     const float distance = fmaxf(query.squares - 2 * inner + scales[1], 0.0f);
-    return make_candidate(expf(-p.calibration[kGamma] * distance), entry);
+    return expf(-p.calibration[kGamma] * distance);
+}
+
+__device__ inline Candidate score_scanned(
+    const BlendParams& p, float product, const QueryScale& query, int entry) {
+    const float* scales = p.scan_scales + 2LL * entry;
+    // Candidates to be scored again need no similarity, and no exponential to round them together.
+    const float score = p.rbf && p.candidates > 0
+                            ? 2 * product * query.multiplier * scales[0] - scales[1]
+                            : similarity_of(p, scales, product, query);
+    return make_candidate(score, entry);
 }
 
 template <typename Key_, int TOKENS_>
@@ -101,16 +111,40 @@ struct FmaTile {
     static __device__ void scan(
         const BlendParams& p, const Query* queries, const QueryScale* scales, int tokens, int first,
         int n, Candidate* lists, int k) {
-        const int hidden = p.hidden, lane = lane_index();
         const Key* rows[KEYS];
 #pragma unroll
         for (int i = 0; i < KEYS; ++i) {
             const int entry = first + i < n ? first + i : n - 1;
-            rows[i] = static_cast<const Key*>(p.keys) + static_cast<long long>(entry) * hidden;
+            rows[i] =
+                static_cast<const Key*>(p.scan_keys) + static_cast<long long>(entry) * p.hidden;
         }
+        const float product = multiply<FmaTile>(rows, queries, p.hidden);
+        const int token = mine() % TOKENS, entry = first + mine() / TOKENS;
+        Candidate candidate = kNone;
+        if (lane_index() % SHARERS == 0 && token < tokens && entry < n)
+            candidate = score_scanned(p, product, scales[token], entry);
+        offer(candidate, token, lists, list_columns(p), k);
+    }
+
+    // SHARERS lanes end with the same product: that of key mine() / TOKENS, token mine() % TOKENS.
+    static constexpr int SHARERS = kLanes / (KEYS * TOKENS);
+    static __device__ int mine() { return lane_index() / SHARERS; }
+
+    // The inner products of KEYS keys with the queries as Layout, which may be another tile, has
+    // stored them. Each lane returns one of them.
+    template <class Layout>
+    static __device__ float multiply(
+        const Key* const (&rows)[KEYS], const Query* queries, int hidden) {
+        const int lane = lane_index();
         float sums[KEYS * TOKENS] = {};
         if (hidden % WIDTH == 0) {
             const int groups = hidden / WIDTH;
+            const auto part_of_query = [=](int t, int part, int g) {
+                if constexpr (Layout::WIDTH == WIDTH)
+                    return queries + t * hidden + (part * groups + g) * 4;  // saves registers
+                else
+                    return queries + Layout::slot(hidden, t, g * WIDTH + part * 4);
+            };
             constexpr int UNROLL = WIDTH > 8 ? 1 : 2;  // what the registers hold
 #pragma unroll UNROLL
             for (int g = lane; g < groups; g += kLanes) {
@@ -124,8 +158,8 @@ struct FmaTile {
                     for (int i = 0; i < KEYS; ++i) keys[i] = unpack(raw[i], part, Key());
 #pragma unroll
                     for (int t = 0; t < TOKENS; ++t) {
-                        const float4 q = *reinterpret_cast<const float4*>(
-                            queries + t * hidden + (part * groups + g) * 4);
+                        const float4 q =
+                            *reinterpret_cast<const float4*>(part_of_query(t, part, g));
 #pragma unroll
                         for (int i = 0; i < KEYS; ++i) {
                             float& sum = sums[i * TOKENS + t];
@@ -145,17 +179,11 @@ struct FmaTile {
 #pragma unroll
                     for (int t = 0; t < TOKENS; ++t)
                         sums[i * TOKENS + t] =
-                            fmaf(queries[slot(hidden, t, e)], key, sums[i * TOKENS + t]);
+                            fmaf(queries[Layout::slot(hidden, t, e)], key, sums[i * TOKENS + t]);
                 }
             }
         }
-        const float product = warp_sums(sums);
-        constexpr int SHARERS = kLanes / (KEYS * TOKENS);  // lanes that hold the same sum
-        const int mine = lane / SHARERS, token = mine % TOKENS, entry = first + mine / TOKENS;
-        Candidate candidate = kNone;
-        if (lane % SHARERS == 0 && token < tokens && entry < n)
-            candidate = score_entry(p, product, scales[token], entry);
-        offer(candidate, token, lists, p.columns, k);
+        return warp_sums(sums);
     }
 };
 
@@ -259,7 +287,8 @@ struct MmaTile {
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
             const int entry = first + 8 * j + g < n ? first + 8 * j + g : n - 1;
-            rows[j] = static_cast<const Key*>(p.keys) + static_cast<long long>(entry) * hidden;
+            rows[j] =
+                static_cast<const Key*>(p.scan_keys) + static_cast<long long>(entry) * hidden;
         }
         float sums[GROUPS][TILES][4] = {};
         int chunk = 0;
@@ -280,9 +309,9 @@ struct MmaTile {
                     const int token = 8 * i + g, entry = first + 8 * j + 2 * t + c;
                     Candidate candidate = kNone;
                     if (token < tokens && entry < n)
-                        candidate = score_entry(
+                        candidate = score_scanned(
                             p, sums[i][j][c] + sums[i][j][c + 2], scales[token], entry);
-                    offer(candidate, token, lists, p.columns, k);
+                    offer(candidate, token, lists, list_columns(p), k);
                 }
             }
         }

@@ -2,8 +2,17 @@
 //
 // Inputs and outputs are those of the node in docs/design.md, in its order. The memory comes in as
 // inputs, so a plan holds none of it and a swap needs no rebuild. Differences from the ONNX function:
-// keys may be fp16 or int8 and values fp16; neighbours and similarities always have min(N, 64)
-// columns, because K is a number on the device (those from K on have similarity 0).
+// keys may be fp16 or int8 and values fp16; neighbours and similarities always have
+// min(N, max_neighbors) columns, because K is a number on the device (those from K on have
+// similarity 0).
+//
+// With two more inputs, scan_keys int8 [N, D] and scan_scales fp32 [N, 2], the search has two
+// stages (rescore.cuh): those are scanned, and the best scored again with keys, fp32 or fp16.
+//
+// Fields  similarity     "cosine" or "rbf"
+//         max_neighbors  int32, 1 to 64, 64 if not given: the most K may be; a smaller one saves
+//                        shared memory and merging
+//         candidates     int32, max_neighbors to 64, 64 if not given: how many are scored again
 //
 // Compiled by nvcc together with the kernels; links neither libnvinfer nor libcuda, so that one
 // library serves every TensorRT of its major version. Exported: setLoggerFinder and getCreators.
@@ -34,8 +43,10 @@ constexpr int kMostMultiprocessors = 192;
 constexpr long long kMostSharedBytes = 227 * 1024;
 
 enum Input {
-    kX, kR, kKeys, kKeyScales, kValues, kNValid, kK, kCenter, kNumbers, kState, kLengths, kInputs
+    kX, kR, kKeys, kKeyScales, kValues, kNValid, kK, kCenter, kNumbers, kState, kLengths,
+    kScanKeys, kScanScales
 };
+constexpr int kExactInputs = 11, kInputs = 13;
 enum Output { kRows, kStateOut, kConfidence, kNeighborIds, kSimilarities, kOutputs };
 
 nvinfer1::ILoggerFinder* logger_finder = nullptr;
@@ -67,26 +78,37 @@ KeyType key_type(DataType type) {
                                      : KeyType::kInt8;
 }
 
-bool type_fits(int position, DataType type) {
+// What the fields say.
+struct Settings {
+    bool rbf = false;
+    int32_t max_neighbors = kMaxNeighbors;
+    int32_t candidates = kMaxNeighbors;
+};
+
+// `position` counts the inputs, of which there are `inputs`, and then the outputs.
+bool type_fits(int position, int inputs, DataType type) {
+    if (position >= inputs)
+        return type == (position - inputs == kNeighborIds ? DataType::kINT64 : DataType::kFLOAT);
     switch (position) {
         case kKeys:
-            return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kINT8;
+            return type == DataType::kFLOAT || type == DataType::kHALF ||
+                   (type == DataType::kINT8 && inputs == kExactInputs);
+        case kScanKeys: return type == DataType::kINT8;
         case kValues: return type == DataType::kFLOAT || type == DataType::kHALF;
         case kNValid:
         case kK:
-        case kLengths:
-        case kInputs + kNeighborIds: return type == DataType::kINT64;
+        case kLengths: return type == DataType::kINT64;
         default: return type == DataType::kFLOAT;
     }
 }
 
 // Ranks of the inputs, then the sizes that must agree; says what does not.
-bool shapes_fit(const nvinfer1::Dims* d) {
-    constexpr int ranks[kInputs] = {2, 2, 2, 2, 2, 1, 1, 1, 1, 2, 1};
+bool shapes_fit(const nvinfer1::Dims* d, int inputs) {
+    constexpr int ranks[kInputs] = {2, 2, 2, 2, 2, 1, 1, 1, 1, 2, 1, 2, 2};
     constexpr const char* names[kInputs] = {
-        "x", "r", "keys", "key_scales", "values", "n_valid",
-        "k", "center", "calibration", "state", "lengths"};
-    for (int i = 0; i < kInputs; ++i) {
+        "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration",
+        "state", "lengths", "scan_keys", "scan_scales"};
+    for (int i = 0; i < inputs; ++i) {
         if (d[i].nbDims == ranks[i]) continue;
         report(std::string(names[i]) + " must have " + std::to_string(ranks[i]) + " dimensions");
         return false;
@@ -109,14 +131,17 @@ bool shapes_fit(const nvinfer1::Dims* d) {
     return same(kX, 0, kR, 0) && same(kKeys, 1, kX, 1) && same(kKeyScales, 0, kKeys, 0) &&
            is(kKeyScales, 1, 2) && same(kValues, 0, kKeys, 0) && same(kValues, 1, kR, 1) &&
            is(kNValid, 0, 1) && is(kK, 0, 1) && same(kCenter, 0, kX, 1) &&
-           is(kNumbers, 0, kCalibrationSize) && is(kState, 1, 2) && same(kState, 0, kLengths, 0);
+           is(kNumbers, 0, kCalibrationSize) && is(kState, 1, 2) && same(kState, 0, kLengths, 0) &&
+           (inputs == kExactInputs ||
+            (same(kScanKeys, 0, kKeys, 0) && same(kScanKeys, 1, kX, 1) &&
+             same(kScanScales, 0, kKeys, 0) && is(kScanScales, 1, 2)));
 }
 
-Problem problem_of(const nvinfer1::Dims* d, DataType keys) {
+Problem problem_of(const nvinfer1::Dims* d, DataType keys, int inputs, const Settings& settings) {
     const auto size = [&](int input, int i) { return static_cast<int>(d[input].d[i]); };
-    const int columns = static_cast<int>(std::min<int64_t>(d[kKeys].d[0], kMaxNeighbors));
+    const int columns = static_cast<int>(std::min<int64_t>(d[kKeys].d[0], settings.max_neighbors));
     return {key_type(keys), size(kX, 0), size(kState, 0), size(kX, 1), size(kR, 1), columns,
-            d[kKeys].d[0]};
+            inputs == kExactInputs ? 0 : settings.candidates, d[kKeys].d[0]};
 }
 
 class KnnBlend final : public nvinfer1::IPluginV3,
@@ -124,7 +149,8 @@ class KnnBlend final : public nvinfer1::IPluginV3,
                        public nvinfer1::IPluginV3OneBuild,
                        public nvinfer1::IPluginV3OneRuntime {
 public:
-    explicit KnnBlend(bool rbf) : rbf_(rbf), similarity_(rbf ? "rbf" : "cosine") {}
+    explicit KnnBlend(const Settings& settings)
+        : settings_(settings), similarity_(settings.rbf ? "rbf" : "cosine") {}
     KnnBlend(const KnnBlend&) = delete;
     KnnBlend& operator=(const KnnBlend&) = delete;
     ~KnnBlend() override {
@@ -144,7 +170,9 @@ public:
         }
         return nullptr;
     }
-    nvinfer1::IPluginV3* clone() noexcept override { return new (std::nothrow) KnnBlend(rbf_); }
+    nvinfer1::IPluginV3* clone() noexcept override {
+        return new (std::nothrow) KnnBlend(settings_);
+    }
     const char* getPluginName() const noexcept override { return kName; }
     const char* getPluginVersion() const noexcept override { return kVersion; }
     const char* getPluginNamespace() const noexcept override { return kNamespace; }
@@ -154,7 +182,7 @@ public:
 
     int32_t getOutputDataTypes(
         DataType* outputs, int32_t count, const DataType*, int32_t inputs) const noexcept override {
-        if (count != kOutputs || inputs != kInputs) return refuse_counts();
+        if (count != kOutputs || !takes(inputs)) return refuse_counts();
         for (int i = 0; i < kOutputs; ++i)
             outputs[i] = i == kNeighborIds ? DataType::kINT64 : DataType::kFLOAT;
         return 0;
@@ -164,11 +192,11 @@ public:
         const nvinfer1::DimsExprs* inputs, int32_t count, const nvinfer1::DimsExprs*, int32_t,
         nvinfer1::DimsExprs* outputs, int32_t output_count,
         nvinfer1::IExprBuilder& build) noexcept override {
-        if (count != kInputs || output_count != kOutputs) return refuse_counts();
+        if (!takes(count) || output_count != kOutputs) return refuse_counts();
         const auto* tokens = inputs[kX].d[0];
         const auto* columns = build.operation(
             nvinfer1::DimensionOperation::kMIN, *inputs[kKeys].d[0],
-            *build.constant(kMaxNeighbors));
+            *build.constant(settings_.max_neighbors));
         outputs[kRows] = inputs[kR];
         outputs[kStateOut] = inputs[kState];
         outputs[kConfidence].nbDims = 1;
@@ -182,37 +210,39 @@ public:
     }
 
     bool supportsFormatCombination(
-        int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t,
+        int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t inputs,
         int32_t) noexcept override {
         const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
         return tensor.format == nvinfer1::TensorFormat::kLINEAR &&
-               type_fits(position, tensor.type);
+               type_fits(position, inputs, tensor.type);
     }
 
     int32_t configurePlugin(
         const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
         const nvinfer1::DynamicPluginTensorDesc*, int32_t outputs) noexcept override {
-        if (count != kInputs || outputs != kOutputs) return refuse_counts();
+        if (!takes(count) || outputs != kOutputs) return refuse_counts();
         nvinfer1::Dims dims[kInputs];
-        for (int i = 0; i < kInputs; ++i) dims[i] = inputs[i].desc.dims;
-        return shapes_fit(dims) ? 0 : -1;
+        for (int i = 0; i < count; ++i) dims[i] = inputs[i].desc.dims;
+        return shapes_fit(dims, count) ? 0 : -1;
     }
 
     size_t getWorkspaceSize(
-        const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
+        const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t count,
         const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override {
         nvinfer1::Dims dims[kInputs];
-        for (int i = 0; i < kInputs; ++i) dims[i] = inputs[i].max;
-        Problem problem = problem_of(dims, inputs[kKeys].desc.type);
+        for (int i = 0; i < count; ++i) dims[i] = inputs[i].max;
+        Problem problem = problem_of(dims, inputs[kKeys].desc.type, count, settings_);
+        const Device largest{kMostMultiprocessors, kMostSharedBytes};
         const int most = problem.tokens;
         long long bytes = 0;
         // Fewer tokens may need more, being split in more parts: ask for every number of tiles.
         for (int tokens = 1; tokens < most + kMaxDecodeTokens;
              tokens += tokens < kMaxDecodeTokens ? 1 : 8) {
             problem.tokens = std::min(tokens, most);
-            bytes = std::max(
-                bytes,
-                make_plan(problem, {kMostMultiprocessors, kMostSharedBytes}).workspace_bytes);
+            // A device with less shared memory may prefill where this one would decode.
+            for (const Plan& plan :
+                 {make_plan(problem, largest), planning::plan_prefill(problem, largest)})
+                bytes = std::max(bytes, plan.workspace_bytes);
         }
         return static_cast<size_t>(bytes);
     }
@@ -221,11 +251,11 @@ public:
     int32_t onShapeChange(
         const nvinfer1::PluginTensorDesc* inputs, int32_t count, const nvinfer1::PluginTensorDesc*,
         int32_t) noexcept override {
-        if (count != kInputs) return refuse_counts();
+        if (!takes(count)) return refuse_counts();
         nvinfer1::Dims dims[kInputs];
-        for (int i = 0; i < kInputs; ++i) dims[i] = inputs[i].dims;
-        if (!shapes_fit(dims)) return -1;
-        problem_ = problem_of(dims, inputs[kKeys].type);
+        for (int i = 0; i < count; ++i) dims[i] = inputs[i].dims;
+        if (!shapes_fit(dims, count)) return -1;
+        problem_ = problem_of(dims, inputs[kKeys].type, count, settings_);
         if (problem_.tokens == 0) return 0;
         if (problem_.sequences < 1 || problem_.tokens % problem_.sequences != 0) {
             report("the rows of x are no multiple of the sequences of state");
@@ -273,6 +303,9 @@ public:
         p.r = static_cast<const float*>(in[kR]);
         p.keys = in[kKeys];
         p.key_scales = static_cast<const float*>(in[kKeyScales]);
+        const bool two_stages = problem_.candidates > 0;
+        p.scan_keys = in[two_stages ? kScanKeys : kKeys];
+        p.scan_scales = static_cast<const float*>(in[two_stages ? kScanScales : kKeyScales]);
         p.values = in[kValues];
         p.n_valid = static_cast<const long long*>(in[kNValid]);
         p.k = static_cast<const long long*>(in[kK]);
@@ -293,8 +326,9 @@ public:
         p.hidden = problem_.hidden;
         p.experts = problem_.experts;
         p.columns = problem_.columns;
+        p.candidates = problem_.candidates;
         p.splits = plan_.splits;
-        p.rbf = rbf_;
+        p.rbf = settings_.rbf;
         p.half_values = descriptions[kValues].type == DataType::kHALF;
         void* arguments[] = {&p};
         for (int i = 0; i < plan_.launch_count; ++i) {
@@ -316,28 +350,42 @@ public:
     }
 
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override {
-        field_ = PluginField(
+        stored_[0] = PluginField(
             "similarity", similarity_.data(), PluginFieldType::kCHAR,
             static_cast<int32_t>(similarity_.size()));
-        fields_ = {1, &field_};
+        stored_[1] =
+            PluginField("max_neighbors", &settings_.max_neighbors, PluginFieldType::kINT32, 1);
+        stored_[2] = PluginField("candidates", &settings_.candidates, PluginFieldType::kINT32, 1);
+        fields_ = {3, stored_};
         return &fields_;
     }
 
 private:
+    static bool takes(int32_t inputs) { return inputs == kExactInputs || inputs == kInputs; }
+
     static int32_t refuse_counts() {
-        report("takes 11 inputs and gives 5 outputs");
+        report("takes 11 inputs, or 13 to search in two stages, and gives 5 outputs");
         return -1;
     }
 
-    const bool rbf_;
+    const Settings settings_;
     const std::string similarity_;
-    PluginField field_{};
+    PluginField stored_[3] = {};
     nvinfer1::PluginFieldCollection fields_{};
     Problem problem_{};
     Plan plan_{};
     const void* kernels_[5] = {};
     unsigned* ticket_ = nullptr;
 };
+
+bool within(const char* name, int value, int least) {
+    if (least <= value && value <= kMaxNeighbors) return true;
+    report(
+        std::string(name) + " must be " + std::to_string(least) +
+        (least > 1 ? " (max_neighbors) to " : " to ") + std::to_string(kMaxNeighbors) + ", is " +
+        std::to_string(value));
+    return false;
+}
 
 class Creator final : public nvinfer1::IPluginCreatorV3One {
 public:
@@ -346,8 +394,11 @@ public:
     const char* getPluginNamespace() const noexcept override { return kNamespace; }
 
     const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override {
-        static const PluginField field("similarity", nullptr, PluginFieldType::kCHAR, 0);
-        static const nvinfer1::PluginFieldCollection fields{1, &field};
+        static const PluginField all[] = {
+            {"similarity", nullptr, PluginFieldType::kCHAR, 0},
+            {"max_neighbors", nullptr, PluginFieldType::kINT32, 1},
+            {"candidates", nullptr, PluginFieldType::kINT32, 1}};
+        static const nvinfer1::PluginFieldCollection fields{3, all};
         return &fields;
     }
 
@@ -355,10 +406,17 @@ public:
         const char*, const nvinfer1::PluginFieldCollection* fields,
         nvinfer1::TensorRTPhase) noexcept override {
         std::string similarity;
+        Settings settings;
         for (int i = 0; fields && i < fields->nbFields; ++i) {
             const PluginField& field = fields->fields[i];
             const std::string name = field.name ? field.name : "";
-            if (name == "similarity" && field.type == PluginFieldType::kCHAR && field.data) {
+            const bool number = field.type == PluginFieldType::kINT32 && field.data &&
+                                field.length == 1;
+            if (name == "max_neighbors" && number) {
+                settings.max_neighbors = *static_cast<const int32_t*>(field.data);
+            } else if (name == "candidates" && number) {
+                settings.candidates = *static_cast<const int32_t*>(field.data);
+            } else if (name == "similarity" && field.type == PluginFieldType::kCHAR && field.data) {
                 // A parser counts the characters, or their terminating zero too.
                 const char* text = static_cast<const char*>(field.data);
                 similarity.assign(text, strnlen(text, std::max(field.length, 0)));
@@ -371,7 +429,11 @@ public:
             report("similarity must be \"cosine\" or \"rbf\", is \"" + similarity + "\"");
             return nullptr;
         }
-        return new (std::nothrow) KnnBlend(similarity == "rbf");
+        if (!within("max_neighbors", settings.max_neighbors, 1) ||
+            !within("candidates", settings.candidates, settings.max_neighbors))
+            return nullptr;
+        settings.rbf = similarity == "rbf";
+        return new (std::nothrow) KnnBlend(settings);
     }
 };
 

@@ -32,13 +32,15 @@ int knnmoe_params_layout(long long* offsets) {
     using P = knnmoe::BlendParams;
     const size_t all[] = {
         offsetof(P, x), offsetof(P, r), offsetof(P, keys), offsetof(P, key_scales),
-        offsetof(P, values), offsetof(P, n_valid), offsetof(P, k), offsetof(P, center),
-        offsetof(P, calibration), offsetof(P, state), offsetof(P, lengths), offsetof(P, rows),
-        offsetof(P, state_out), offsetof(P, confidence), offsetof(P, neighbors),
-        offsetof(P, similarities), offsetof(P, workspace), offsetof(P, ticket), offsetof(P, capacity),
+        offsetof(P, scan_keys), offsetof(P, scan_scales), offsetof(P, values),
+        offsetof(P, n_valid), offsetof(P, k), offsetof(P, center), offsetof(P, calibration),
+        offsetof(P, state), offsetof(P, lengths), offsetof(P, rows), offsetof(P, state_out),
+        offsetof(P, confidence), offsetof(P, neighbors),
+        offsetof(P, similarities), offsetof(P, workspace), offsetof(P, ticket),
+        offsetof(P, capacity),
         offsetof(P, tokens), offsetof(P, sequences), offsetof(P, hidden), offsetof(P, experts),
-        offsetof(P, columns), offsetof(P, splits), offsetof(P, rbf), offsetof(P, half_values),
-        sizeof(P)};
+        offsetof(P, columns), offsetof(P, candidates), offsetof(P, splits), offsetof(P, rbf),
+        offsetof(P, half_values), sizeof(P)};
     int count = 0;
     for (size_t offset : all) offsets[count++] = static_cast<long long>(offset);
     return count;

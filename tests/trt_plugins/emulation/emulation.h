@@ -209,6 +209,8 @@ inline uint4 load_stream(const void* address) {
     return v;
 }
 
+inline void prefetch(const void*) {}
+
 // mma.sync.m16n8k16 by the fragment layouts of the PTX manual.
 inline void multiply_fragments(
     float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {

@@ -53,20 +53,31 @@ cudaError_t cudaLaunchKernel(
 }
 
 // Creates the plugin, gives it a context, and enqueues twice on a workspace of the size it asks
-// for. Dimensions are two an input (the second 0 where there is none), types those of TensorRT.
+// for; 11 or 13 inputs. Dimensions are two an input (the second 0 where there is none), types those
+// of TensorRT. The plugin that runs is made from what the first one serializes, as an engine does.
 KNNMOE_EXPORT int knnmoe_enqueue(
-    const char* similarity, const long long* dimensions, const int* types,
-    const void* const* inputs, void* const* outputs) {
+    const char* similarity, int max_neighbors, int candidates, int inputs_given,
+    const long long* dimensions, const int* types, const void* const* inputs,
+    void* const* outputs) {
     using namespace nvinfer1;
-    constexpr int kCount = knnmoe::kInputs;
+    const int kCount = inputs_given;
     int32_t count = 0;
     auto* creator = static_cast<IPluginCreatorV3One*>(getCreators(count)[0]);
-    const PluginField field(
-        "similarity", similarity, PluginFieldType::kCHAR,
-        static_cast<int32_t>(strlen(similarity)));
-    const PluginFieldCollection fields{1, &field};
-    std::unique_ptr<IPluginV3> plugin(
-        creator->createPlugin("blend", &fields, TensorRTPhase::kRUNTIME));
+    const PluginField given[] = {
+        {"similarity", similarity, PluginFieldType::kCHAR,
+         static_cast<int32_t>(strlen(similarity))},
+        {"max_neighbors", &max_neighbors, PluginFieldType::kINT32, 1},
+        {"candidates", &candidates, PluginFieldType::kINT32, 1}};
+    const PluginFieldCollection fields{3, given};
+    std::unique_ptr<IPluginV3> first(
+        creator->createPlugin("blend", &fields, TensorRTPhase::kBUILD));
+    if (!first) return -1;
+    std::unique_ptr<IPluginV3> plugin(creator->createPlugin(
+        "blend",
+        static_cast<IPluginV3OneRuntime*>(
+            first->getCapabilityInterface(PluginCapabilityType::kRUNTIME))
+            ->getFieldsToSerialize(),
+        TensorRTPhase::kRUNTIME));
     if (!plugin) return -1;
     auto* runtime = static_cast<IPluginV3OneRuntime*>(
         plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
@@ -76,8 +87,8 @@ KNNMOE_EXPORT int knnmoe_enqueue(
     auto* build = static_cast<IPluginV3OneBuild*>(
         plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
 
-    PluginTensorDesc in[kCount]{}, out[knnmoe::kOutputs]{};
-    DynamicPluginTensorDesc dynamic[kCount]{};
+    PluginTensorDesc in[knnmoe::kInputs]{}, out[knnmoe::kOutputs]{};
+    DynamicPluginTensorDesc dynamic[knnmoe::kInputs + knnmoe::kOutputs]{};
     for (int i = 0; i < kCount; ++i) {
         in[i].dims.nbDims = dimensions[2 * i + 1] ? 2 : 1;
         in[i].dims.d[0] = dimensions[2 * i];
@@ -86,6 +97,11 @@ KNNMOE_EXPORT int knnmoe_enqueue(
         dynamic[i].desc = in[i];
         dynamic[i].min = dynamic[i].opt = dynamic[i].max = in[i].dims;
     }
+    for (int i = 0; i < knnmoe::kOutputs; ++i)
+        dynamic[kCount + i].desc.type =
+            i == knnmoe::kNeighborIds ? DataType::kINT64 : DataType::kFLOAT;
+    for (int i = 0; i < kCount + knnmoe::kOutputs; ++i)
+        if (!build->supportsFormatCombination(i, dynamic, kCount, knnmoe::kOutputs)) return -5;
     if (build->configurePlugin(dynamic, kCount, nullptr, knnmoe::kOutputs) != 0) return -2;
     std::vector<unsigned char> workspace(
         build->getWorkspaceSize(dynamic, kCount, nullptr, knnmoe::kOutputs), 0xff);
