@@ -146,7 +146,7 @@ def test_another_schema_is_refused_before_anything_else_is_looked_at(bundle):
 def test_a_huge_manifest_is_refused_unread(bundle, monkeypatch):
     with (bundle / "manifest.json").open("r+b") as stream:
         stream.truncate(MAX_MANIFEST_BYTES + 1)
-    monkeypatch.setattr(format_, "parse_object", None)
+    monkeypatch.setattr("knnmoe.runtime.manifest.parse_object", None)
     with pytest.raises(BundleError, match="too large"):
         Bundle.open(bundle)
 
