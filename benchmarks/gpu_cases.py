@@ -3,10 +3,12 @@
 The reference is runtime/blend.py in float64, run on the keys and values as the device holds them.
 What an answer is held to:
 
-* similarities: within `TOLERANCE` of the reference's, and, where keys are rounded to fp16 or int8,
-  within the bound of that rounding of what the unrounded keys would have given;
-* neighbours: as near as the best ones, none twice, copies of one key by lower index first, columns
-  beyond the valid entries as in the reference;
+* neighbours: none twice, nearest first, copies of one key by lower index first, columns beyond the
+  valid entries as in the reference;
+* similarities: each within `TOLERANCE` of the reference's for that entry, and all of them within it
+  of the best ones; where keys are rounded to fp16 or int8, also within the bound of that rounding
+  of what the unrounded keys would have given. After a scan of int8 keys the best ones are those of
+  the candidates, and which entries those are is known up to rounding;
 * rows, confidence, state: within `TOLERANCE` (absolute and relative) of the float64 blend of the
   neighbours and similarities that were returned. Taking those as given keeps the comparison
   sharp: a steep gate would multiply what rounding did to a similarity that was checked already.
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import Blended, GateMemory, blend_found, search, unit_rows
 from knnmoe.runtime.calibration import Calibration, Similarity
+from knnmoe.runtime.two_stage import ScanKeys, quantize_keys, scan_scores
 
 TOLERANCE = 1e-5
 
@@ -69,6 +72,8 @@ class Case:
     state: Any
     lengths: Any
     max_neighbors: int  # at least K: columns that a later K may need
+    scan: ScanKeys | None = None  # what is scanned in the place of the keys
+    candidates: int = 0  # of that scan
 
 
 def every_case(seed: int, limits: Limits = WIDE, *, rounds: int = 1) -> Iterator[Case]:
@@ -207,6 +212,17 @@ def round_keys(memory: GateMemory, key_type: KeyType) -> tuple[Any, NDArray[np.f
     return np.rint(memory.keys / step[:, None]).astype(np.int8), scales
 
 
+def in_two_stages(case: Case) -> Case:
+    """The same case with its keys scanned as int8 first, for a drawn number of candidates."""
+    rng = np.random.default_rng(case.seed)
+    scan = quantize_keys(np.nan_to_num(case.memory.keys))
+    scan.scales[case.memory.n_valid :] = np.nan
+    least = min(case.max_neighbors, len(case.copies))
+    candidates = int(rng.choice([least, int(rng.integers(least, 65)), 64]))
+    name = f"{case.name}, {candidates} candidates"
+    return replace(case, name=name, scan=scan, candidates=candidates)
+
+
 def check(case: Case, got: Blended) -> Errors:
     """How far an answer is from the reference.
 
@@ -216,16 +232,15 @@ def check(case: Case, got: Blended) -> Errors:
     memory, count = case.memory, len(case.memory.keys)
     k, n = min(memory.k, count), min(memory.k, memory.n_valid)
     ids, similarities = np.asarray(got.neighbors)[:, :k], np.asarray(got.similarities)[:, :k]
-    x = case.x.astype(np.float64)
-    all_ids, all_similarities, _ = search(x, replace(memory, k=count), np.float64)
-    best = all_similarities[:, :k]
+    all_ids, found, _ = search(case.x.astype(np.float64), replace(memory, k=count), np.float64)
+    exact = np.empty_like(found)  # [T, N] by entry
+    np.put_along_axis(exact, all_ids, found, axis=1)
     assert np.isfinite(similarities).all(), "a similarity was not written, or is not a number"
-    np.testing.assert_allclose(similarities, best, atol=TOLERANCE, rtol=0)
     assert (got.neighbors[:, n:] >= memory.n_valid).all(), "an entry beyond the valid ones"
     assert (got.similarities[:, n:] == 0).all(), "a similarity of an entry that does not exist"
     np.testing.assert_array_equal(ids[:, n:], all_ids[:, n:k])
-    _check_neighbors(case, ids[:, :n], all_ids, all_similarities)
-    rounding = _check_rounding(case, similarities)
+    deviation = _check_neighbors(case, ids[:, :n], similarities[:, :n], exact)
+    rounding = 0.0 if case.scan else _check_rounding(case, similarities)
     given = blend_found(
         case.r.astype(np.float64),
         memory,
@@ -244,7 +259,7 @@ def check(case: Case, got: Blended) -> Errors:
     untouched = np.asarray(got.rows)[silent].tobytes() == case.r[silent].tobytes()
     assert untouched, "a row without confidence was changed"
     return {
-        "similarities": _largest(similarities, best),
+        "similarities": deviation,
         "rounding_of_keys": rounding,
         "rows": _largest(got.rows, given.rows),
         "confidence": _largest(got.confidence, given.confidence),
@@ -252,23 +267,48 @@ def check(case: Case, got: Blended) -> Errors:
     }
 
 
-def _check_neighbors(case: Case, ids: Any, all_ids: Any, all_similarities: Any) -> None:
+def _check_neighbors(case: Case, ids: Any, similarities: Any, exact: Any) -> float:
+    """That each token's neighbours are right; returns the largest deviation of a similarity."""
     valid = np.arange(len(case.copies)) < case.memory.n_valid
-    for token, taken in enumerate(ids):
-        assert len(set(taken.tolist())) == len(taken), f"token {token}: a neighbour twice"
-        by_id = np.empty(len(case.copies))
-        by_id[all_ids[token]] = all_similarities[token]
-        np.testing.assert_allclose(
-            by_id[taken], all_similarities[token, : len(taken)], atol=TOLERANCE, rtol=0,
-            err_msg=f"token {token}: a neighbour that is not among the nearest",
+    surely, perhaps = _candidates(case, valid)
+    assert ((ids >= 0) & (ids < case.memory.n_valid)).all(), "a neighbour that does not exist"
+    for token, (taken, near) in enumerate(zip(ids, similarities, strict=True)):
+        where = f"token {token}: "
+        assert len(set(taken.tolist())) == len(taken), where + "a neighbour twice"
+        assert perhaps[token, taken].all(), where + "a neighbour that was no candidate"
+        assert (np.diff(near) <= 0).all(), where + "neighbours that are not nearest first"
+        least, most = (
+            np.sort(exact[token, among])[::-1][: len(taken)]
+            for among in (surely[token], perhaps[token])
+        )
+        missed = where + "a neighbour that is not among the nearest"
+        assert (near[: len(least)] >= least - TOLERANCE).all(), missed
+        assert (near <= most + TOLERANCE).all(), where + "nearer than the nearest"
+        _check_copies(case, taken, valid, where)
+    own = np.take_along_axis(exact, ids, axis=1)
+    np.testing.assert_allclose(similarities, own, atol=TOLERANCE, rtol=0)
+    return _largest(similarities, own)
+
+
+def _check_copies(case: Case, taken: Any, valid: Any, where: str) -> None:
+    kinds, counts = np.unique(case.copies[taken], return_counts=True)
+    for kind, found in zip(kinds, counts, strict=True):
+        lowest = np.flatnonzero(valid & (case.copies == kind))[:found]
+        np.testing.assert_array_equal(
+            taken[case.copies[taken] == kind], lowest,
+            err_msg=where + "of equal keys the lower index comes first",
         )  # fmt: skip
-        kinds, counts = np.unique(case.copies[taken], return_counts=True)
-        for kind, found in zip(kinds, counts, strict=True):
-            lowest = np.flatnonzero(valid & (case.copies == kind))[:found]
-            np.testing.assert_array_equal(
-                taken[case.copies[taken] == kind], lowest,
-                err_msg=f"token {token}: of equal keys the lower index comes first",
-            )  # fmt: skip
+
+
+def _candidates(case: Case, valid: Any) -> tuple[Any, Any]:
+    """Which entries [T, N] are candidates whatever rounding does, and which may be."""
+    if case.scan is None or case.candidates >= case.memory.n_valid:
+        everyone = np.tile(valid, (len(case.x), 1))
+        return everyone, everyone
+    scores = scan_scores(case.x.astype(np.float64), case.memory, case.scan, np.float64)
+    last = np.sort(scores, axis=1)[:, [-case.candidates]]
+    margin = TOLERANCE * (1 + np.abs(scores[:, valid]).max(axis=1, keepdims=True))
+    return scores > last + margin, scores >= last - margin
 
 
 def rounding_bound(case: Case) -> float:

@@ -40,9 +40,10 @@ import gpu_report as reporting  # noqa: E402 - from a checkout, without being in
 from gpu_cases import SMALL, WIDE  # noqa: E402
 from gpu_correctness import check_all  # noqa: E402
 from gpu_environment import current_commit, describe_machine  # noqa: E402
+from gpu_plugin import PREPARED, check_plugin, prepare  # noqa: E402
 from gpu_rivals import Cuvs, Faiss, Torch, measure_rival  # noqa: E402
 from gpu_sanitizer import sanitize  # noqa: E402
-from gpu_tensorrt import check_engines  # noqa: E402
+from gpu_tensorrt import check_engines, library_path  # noqa: E402
 from gpu_timing import (  # noqa: E402
     PREFILL_TOKENS,
     QUICK,
@@ -53,7 +54,7 @@ from gpu_timing import (  # noqa: E402
     shapes,
 )
 
-from knnmoe.runtime.errors import BackendError  # noqa: E402
+from knnmoe.runtime.errors import BackendError, KnnMoeError  # noqa: E402
 from knnmoe.trt_plugins.cupy_prototype import NVRTC_OPTIONS, import_cupy  # noqa: E402
 from knnmoe.trt_plugins.library import source_hash  # noqa: E402
 from knnmoe.trt_plugins.plan import SOURCE  # noqa: E402
@@ -151,6 +152,11 @@ def sanitizer(job: Job) -> Records:
     return sanitize(subset, job.deadline)
 
 
+def plugin(job: Job) -> Records:
+    """The TensorRT plugin, driven without TensorRT."""
+    return check_plugin(job.cupy, job.seed, WIDE, job.deadline)
+
+
 def tensorrt(job: Job) -> Records:
     """Engines of the one node, in every TensorRT there is."""
     return check_engines(job.cupy, job.seed, job.deadline)
@@ -169,10 +175,11 @@ class Stage:
 
 
 STAGES = {
-    "environment": Stage(environment, 3),
-    "compile": Stage(compilation, 9),
+    "environment": Stage(environment, 8),
+    "compile": Stage(compilation, 12),
     "bandwidth": Stage(bandwidth, 2),
     "correctness": Stage(correctness, 22),
+    "plugin": Stage(plugin, 14),
     "decode": Stage(decode, 26),
     "torch": Stage(torch, 14),
     "prefill": Stage(prefill, 4),
@@ -215,7 +222,10 @@ def run_in_process(options: argparse.Namespace, seed: int) -> Runner:
             ]  # fmt: skip
             start = time.monotonic()
             with log.open("wb") as output:
-                child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+                child = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT,
+                    env=library_path(Path(folder)) if name == OPTIONAL else None,
+                )  # fmt: skip
                 try:
                     child.wait(seconds + GRACE_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -292,7 +302,7 @@ def check(options: argparse.Namespace, cupy: Any, run: Runner | None = None) -> 
         options.seconds,
         lambda current: reporting.write(current, target),
     )
-    print("\n" + reporting.describe(report))
+    print("\n" + reporting.summarize(report))
     print(f"\nWritten to {target}")
     return reporting.exit_code(report)
 
@@ -322,6 +332,17 @@ def run_subset(options: argparse.Namespace, cupy: Any) -> int:
     return 1 if failed else 0
 
 
+def run_prepare(architecture: str) -> int:
+    """Compile what the stage `plugin` takes."""
+    try:
+        libraries = prepare(PREPARED, (architecture,))
+    except KnnMoeError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 1
+    print(f"{libraries.plugin}\n{libraries.harness}")
+    return 0
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -339,6 +360,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     for hidden in ("--child", "--records"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--prepare", metavar="SM", nargs="?", const="90",
+        help="compile the plugin and its harness for a compute capability (default 90) into "
+        "build/gpu, for a machine without TensorRT's headers; needs no device",
+    )  # fmt: skip
     parser.add_argument("--subset", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.seconds is None:
@@ -360,6 +386,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     options = parse(arguments)
+    if options.prepare:
+        return run_prepare(options.prepare)
     # CuPy's cache knows the text it compiles, not the headers that this includes: a cache for each
     # state of the sources.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knnmoe" / "cupy"

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from gpu_cases import KEY_TYPES, TOLERANCE, Case, KeyType, check, every_case
+from gpu_cases import KEY_TYPES, TOLERANCE, Case, KeyType, check, every_case, in_two_stages
 from gpu_steps import check_steps
 from gpu_tally import Check, Errors, Records, tally
 
@@ -33,14 +33,16 @@ class Host:
     name: str
     run: Run
     key_types: tuple[KeyType, ...] = KEY_TYPES
+    adapted: Callable[[Case], Case] = lambda case: case  # to what this host takes
 
 
 def check_host(host: Host, cases: Iterable[Case], deadline: float) -> Records:
     """Run a host over cases until the deadline; at least over one."""
 
     def checks() -> Iterator[Check]:
-        for case in cases:
-            if case.key_type in host.key_types:
+        for drawn in cases:
+            if drawn.key_type in host.key_types:
+                case = host.adapted(drawn)
                 yield Check(case.name, case.seed, case.key_type, partial(run, case))
 
     def run(case: Case) -> Errors:
@@ -139,16 +141,76 @@ def in_place_host(cupy: Any) -> Host:
     return Host("CupyBlend, in place", run)
 
 
-def has_two_stages() -> bool:
-    """Whether this CupyBlend can scan compressed keys and rescore."""
-    return "scan_keys" in {field.name for field in fields(MemoryArrays)}
+def two_stage_host(cupy: Any) -> Host:
+    """CupyBlend that scans int8 keys and scores the candidates again with the keys."""
+
+    def run(case: Case) -> Blended:
+        assert case.scan is not None
+        memory = memory_arrays(
+            case,
+            scan_keys=case.scan.keys,
+            scan_scales=case.scan.scales,
+            candidates=case.candidates,
+        )
+        blend = CupyBlend(
+            memory, max_tokens=len(case.x), max_neighbors=case.max_neighbors, cupy=cupy
+        )
+        bound = blend.bind(case.x, case.r, case.state, case.lengths)
+        blend.workspace.fill(0xFF)
+        poison(bound)
+        bound.run()
+        return answer(cupy, bound)
+
+    return Host("CupyBlend, two stages", run, ("f16", "f32"), in_two_stages)
 
 
 def hosts(cupy: Any) -> Iterator[Host]:
-    """All hosts this checkout has; a host may still turn out to be absent on the machine."""
+    """All hosts through CuPy."""
     yield cupy_host(cupy)
     yield graph_host(cupy)
     yield in_place_host(cupy)
+    yield two_stage_host(cupy)
+
+
+INPUTS = (
+    "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration", "state",
+    "lengths",
+)  # fmt: skip
+OUTPUTS = ("rows", "state_out", "confidence", "neighbors", "similarities")
+PLUGIN_COLUMNS = 64  # the plugin has min(N, 64) columns of neighbours
+
+
+def node_inputs(case: Case) -> dict[str, Any]:
+    """The inputs of the blend node, in its order."""
+    memory = case.memory
+    values = (
+        case.x, case.r, case.keys, case.key_scales, case.values,
+        np.array([memory.n_valid], np.int64), np.array([memory.k], np.int64), memory.center,
+        memory.calibration.vector(), case.state, case.lengths.astype(np.int64),
+    )  # fmt: skip
+    return dict(zip(INPUTS, values, strict=True))
+
+
+def node_outputs(cupy: Any, case: Case) -> dict[str, Any]:
+    """The outputs of the blend node as the plugin gives them, poisoned."""
+    tokens, columns = len(case.x), min(PLUGIN_COLUMNS, len(case.keys))
+    values = (
+        cupy.full(case.r.shape, np.nan, np.float32),
+        cupy.full(case.state.shape, np.nan, np.float32),
+        cupy.full((tokens,), np.nan, np.float32),
+        cupy.full((tokens, columns), POISONED_ID, np.int64),
+        cupy.full((tokens, columns), np.nan, np.float32),
+    )
+    return dict(zip(OUTPUTS, values, strict=True))
+
+
+def node_answer(cupy: Any, outputs: dict[str, Any]) -> Blended:
+    """What the node has written, on the host."""
+    host = {name: cupy.asnumpy(array) for name, array in outputs.items()}
+    return Blended(
+        host["rows"], host["confidence"], host["neighbors"], host["similarities"],
+        host["state_out"],
+    )  # fmt: skip
 
 
 def check_all(
@@ -164,7 +226,8 @@ def check_all(
     """Every host over a fresh set of cases; each has an equal share of the time that is left."""
 
     def of_host(host: Host) -> Callable[[float], Records]:
-        cases = every_case(seed, limits, rounds=rounds)
+        drawn = every_case(seed, limits, rounds=rounds)
+        cases = (case for case in drawn if case.key_type in host.key_types)
         return lambda until: check_host(host, islice(cases, most_cases), until)
 
     checks = {host.name: of_host(host) for host in hosts(cupy)}

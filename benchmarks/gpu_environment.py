@@ -66,7 +66,7 @@ def describe_machine(cupy: Any, commit: str | None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "numpy": metadata.version("numpy"),
         "knnmoe": __version__,
-        "packages": packages(ask_modules({name: QUESTIONS[name] for name in PACKAGES})),
+        "packages": packages(ask_modules({name: QUESTIONS[name] for name in PACKAGES}, timeout=45)),
     }
 
 

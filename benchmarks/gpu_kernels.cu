@@ -65,16 +65,20 @@ extern "C" __global__ void __launch_bounds__(256) knnmoe_unit_rows(
     }
     const float unit = rsqrtf(block_reduced(squares, false));
     const float step = block_reduced(largest, true) * unit / 127.0f;
+    float steps = 0;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
         const float z = normal(seed, first + i) * unit;
         if (f32) f32[first + i] = z;
         if (f16) f16[first + i] = __float2half_rn(z);
-        if (i8) i8[first + i] = static_cast<signed char>(__float2int_rn(z / step));
+        const float rounded = rintf(z / step);
+        steps = fmaf(rounded, rounded, steps);
+        if (i8) i8[first + i] = static_cast<signed char>(rounded);
     }
+    const float multiplier = rsqrtf(block_reduced(steps, false));  // makes it of length one, too
     if (threadIdx.x == 0) {
         if (scales) scales[2 * row] = scales[2 * row + 1] = 1.0f;
         if (scales_i8) {
-            scales_i8[2 * row] = step;
+            scales_i8[2 * row] = multiplier;
             scales_i8[2 * row + 1] = 1.0f;
         }
     }

@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gpu_timing import TWO_STAGE
+
 SCHEMA = "knnmoe.gpu_check/1"
 TARGET_SHARE = 0.70  # of the copy bandwidth, decoding one token over a large fp16 memory
 TARGET_TWO_STAGE = 0.60  # of the time of fp16
 LARGE, HIDDEN = 100_000, 2048
-CORRECTNESS_STAGES = ("correctness", "sanitizer", "tensorrt")
+CORRECTNESS_STAGES = ("correctness", "plugin", "sanitizer", "tensorrt")
 TIMING_STAGES = ("decode", "prefill", "torch", "faiss-gpu", "cuvs")
-TWO_STAGE = "i8+f16"  # name of the key type: int8 keys scanned, fp16 keys rescored
 
 Records = dict[str, Any]
 
@@ -143,13 +144,11 @@ def _why_missing(report: Records, *stages: str) -> str:
 # --- text
 
 
-def describe(report: Records) -> str:
-    """The report for the terminal."""
+def summarize(report: Records) -> str:
+    """What is said at the end: device, times, targets; stages were described one by one."""
     parts = [_environment(report)]
-    parts += [describe_stage(name, stage) for name, stage in report["stages"].items()]
     parts += [_timings(report, name) for name in TIMING_STAGES if rows(report, name)]
-    if "verdicts" in report:
-        parts.append(_verdicts(report["verdicts"]))
+    parts.append(_verdicts(report["verdicts"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -229,6 +228,8 @@ _COLUMNS = ("host", "N", "D", "T", "keys", "warm µs (iqr)", "cold µs", "call �
 def _timings(report: Records, stage: str) -> str:
     table = [_COLUMNS]
     for row in rows(report, stage):
+        if row["hidden"] != HIDDEN:
+            continue  # they are in the file
         warm = row.get("warm", {})
         share = warm.get("share_of_copy")
         gb_s = f"{warm['gb_s']:.0f}" if "gb_s" in warm else ""
@@ -252,7 +253,7 @@ def _timings(report: Records, stage: str) -> str:
         )
     used = [i for i in range(len(_COLUMNS)) if any(line[i] for line in table[1:])]
     widths = {i: max(len(line[i]) for line in table) for i in used}
-    text = [f"{stage}:"]
+    text = [f"{stage} (D={HIDDEN}; all figures are in the file):"]
     for line in table:
         cells = [
             line[i].ljust(widths[i]) if i in (0, 4) else line[i].rjust(widths[i]) for i in used

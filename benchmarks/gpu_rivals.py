@@ -28,6 +28,7 @@ from gpu_timing import (
     Save,
     Shape,
     Stopwatch,
+    overlap,
     shapes,
     too_large,
 )
@@ -259,12 +260,6 @@ def _measure(
     for count in tokens:
         if time.monotonic() <= deadline:
             yield {"tokens": count, "agreement": agreement, **search.times(count)}
-
-
-def overlap(ours: Any, theirs: Any) -> float:
-    """Mean share of our neighbours that are among theirs."""
-    pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
-    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]))
 
 
 def _calls(bench: Bench, run: Callable[[], Any]) -> dict[str, Any]:

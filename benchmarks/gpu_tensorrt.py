@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gpu_cases import KEY_TYPES, SMALL, Case, every_case
-from gpu_correctness import Host, check_host
+from gpu_correctness import (
+    Host,
+    check_host,
+    node_answer,
+    node_inputs,
+    node_outputs,
+)
+from gpu_plugin import PREPARED
 from gpu_tally import Absent
 
 from knnmoe.runtime.blend import Blended
@@ -15,12 +26,6 @@ from knnmoe.runtime.errors import BackendError
 from knnmoe.trt_plugins import library
 
 FLAVORS = ("tensorrt", "tensorrt_rtx")
-INPUTS = (
-    "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration", "state",
-    "lengths",
-)  # fmt: skip
-OUTPUTS = ("rows", "state_out", "confidence", "neighbors", "similarities")
-COLUMNS = 64  # the plugin has min(N, 64) columns of neighbours
 
 
 def check_engines(cupy: Any, seed: int, deadline: float) -> dict[str, Any]:
@@ -49,60 +54,47 @@ class Engines:
 
         loaded = load_tensorrt(flavor)  # type: ignore[arg-type] # one of its flavours
         self.cupy, self.trt, self.version = cupy, loaded.module, loaded.version
-        self.creator = library.load(self.trt)
+        prepared = PREPARED / library.LIBRARY
+        library.load(self.trt, prepared if prepared.is_file() else None)
         self.logger = self.trt.Logger(self.trt.Logger.ERROR)
 
-    def build(self, shapes: dict[str, tuple[Any, tuple[int, ...]]], similarity: str) -> bytes:
-        """An engine of the node for inputs of these types and shapes.
+    def build(self, model: bytes) -> bytes:
+        """An engine of a model that is the node alone.
 
         Raises:
-            BackendError: If TensorRT builds none.
+            BackendError: If TensorRT builds none, or takes the node for something else.
         """
-        trt = self.trt
+        trt, where = self.trt, f"{self.trt.__name__} {self.version}"
         builder = trt.Builder(self.logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        tensors = [
-            network.add_input(name, _data_type(trt, dtype), shape)
-            for name, (dtype, shape) in shapes.items()
-        ]
-        fields = trt.PluginFieldCollection(
-            [trt.PluginField("similarity", similarity.encode(), trt.PluginFieldType.CHAR)]
-        )
-        plugin = self.creator.create_plugin("blend", fields, trt.TensorRTPhase.BUILD)
-        layer = network.add_plugin_v3(tensors, [], plugin)
-        for index, name in enumerate(OUTPUTS):
-            layer.get_output(index).name = name
-            network.mark_output(layer.get_output(index))
-        plan = builder.build_serialized_network(network, builder.create_builder_config())
+        typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        network = builder.create_network(0 if typed is None else 1 << int(typed))
+        parser = trt.OnnxParser(network, self.logger)
+        if not parser.parse(model):
+            said = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+            raise BackendError(where, "does not parse the node", found=said)
+        layers = [network.get_layer(i).type for i in range(network.num_layers)]
+        if layers.count(trt.LayerType.PLUGIN_V3) != 1:
+            raise BackendError(where, "does not take the plugin", found=layers)
+        plan = builder.build_serialized_network(network, self.configure(builder))
         if plan is None:
-            raise BackendError(f"TensorRT {self.version}", "builds no engine of the plugin")
+            raise BackendError(where, "builds no engine of the plugin")
         return bytes(plan)
+
+    @staticmethod
+    def configure(builder: Any) -> Any:
+        """For the device that is here."""
+        return builder.create_builder_config()
 
     def run(self, case: Case) -> Blended:
         """One case through an engine of its own."""
-        cupy, memory = self.cupy, case.memory
-        arrays = {
-            "x": case.x, "r": case.r, "keys": case.keys, "key_scales": case.key_scales,
-            "values": case.values, "n_valid": np.array([memory.n_valid], np.int64),
-            "k": np.array([memory.k], np.int64), "center": memory.center,
-            "calibration": memory.calibration.vector(), "state": case.state,
-            "lengths": case.lengths.astype(np.int64),
-        }  # fmt: skip
-        plan = self.build(
-            {name: (array.dtype, array.shape) for name, array in arrays.items()}, memory.similarity
-        )
+        cupy, arrays = self.cupy, node_inputs(case)
+        similarity = case.memory.similarity
+        outputs = node_outputs(cupy, case)
+        plan = self.build(node_model(arrays, outputs, similarity))
         engine = self.trt.Runtime(self.logger).deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(f"TensorRT {self.version}", "refuses the engine it has built")
         context = engine.create_execution_context()
-        tokens, columns = len(case.x), min(COLUMNS, len(case.keys))
-        outputs = {
-            "rows": cupy.full(case.r.shape, np.nan, np.float32),
-            "state_out": cupy.full(case.state.shape, np.nan, np.float32),
-            "confidence": cupy.full((tokens,), np.nan, np.float32),
-            "neighbors": cupy.full((tokens, columns), -7, np.int64),
-            "similarities": cupy.full((tokens, columns), np.nan, np.float32),
-        }
         bound = {name: cupy.asarray(array) for name, array in arrays.items()} | outputs
         for name, array in bound.items():
             context.set_tensor_address(name, array.data.ptr)
@@ -111,13 +103,51 @@ class Engines:
         if not context.execute_async_v3(stream.ptr):
             raise BackendError(f"TensorRT {self.version}", "does not run the engine")
         stream.synchronize()
-        host = {name: cupy.asnumpy(array) for name, array in outputs.items()}
-        return Blended(
-            host["rows"], host["confidence"], host["neighbors"], host["similarities"],
-            host["state_out"],
-        )  # fmt: skip
+        return node_answer(cupy, outputs)
 
 
-def _data_type(trt: Any, dtype: Any) -> Any:
-    names = {"float32": "FLOAT", "float16": "HALF", "int8": "INT8", "int64": "INT64"}
-    return getattr(trt.DataType, names[np.dtype(dtype).name])
+def node_model(arrays: dict[str, Any], outputs: dict[str, Any], similarity: str) -> bytes:
+    """ONNX of the node alone, for arrays of these types and shapes.
+
+    Raises:
+        Absent: If onnx is not installed.
+    """
+    try:
+        onnx = import_module("onnx")
+    except ImportError as error:
+        raise Absent("onnx is not installed") from error
+    helper = onnx.helper
+    node = helper.make_node(
+        "KnnBlend", list(arrays), list(outputs), name="blend", domain="knnmoe",
+        similarity=similarity, plugin_namespace="knnmoe",
+    )  # fmt: skip
+    sides = [
+        [
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(np.dtype(array.dtype)), array.shape
+            )
+            for name, array in side.items()
+        ]
+        for side in (arrays, outputs)
+    ]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("knnmoe", 1)]
+    graph = helper.make_graph([node], "blend", *sides)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def library_path(folder: Path) -> dict[str, str]:
+    """An environment in which the parser of the wheels of TensorRT for RTX finds its library.
+
+    It asks for a name without a version, which the wheels do not have: it is linked in `folder`.
+    """
+    spec = find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None:
+        return dict(os.environ)
+    home = Path(spec.origin).parent
+    for library_file in sorted(home.glob("libtensorrt_rtx.so.?")):
+        link = folder / "libtensorrt_rtx.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(library_file)
+    known = [path for path in (os.environ.get("LD_LIBRARY_PATH"),) if path]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([str(folder), str(home), *known])}

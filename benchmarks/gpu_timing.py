@@ -21,6 +21,7 @@ import numpy as np
 
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.trt_plugins.cupy_prototype import CupyBlend, MemoryArrays
+from knnmoe.trt_plugins.plan import MAX_NEIGHBORS
 
 SOURCE = Path(__file__).parent / "gpu_kernels.cu"
 EXPERTS, NEIGHBORS = 64, 8
@@ -28,6 +29,7 @@ ENTRIES = (1_000, 10_000, 100_000, 1_000_000)
 HIDDEN = (2048, 2880, 256)  # the one that targets speak of first: time may run out
 DECODE_TOKENS, PREFILL_TOKENS = (1, 4, 16), (64, 512)
 KEY_BYTES = {"f16": 2, "i8": 1, "f32": 4}
+TWO_STAGE = "i8+f16"  # int8 keys scanned for 64 candidates, fp16 keys rescored
 SPARE_BYTES = 1 << 30
 GIB = 1 << 30
 
@@ -312,7 +314,8 @@ def _types_now(
         if time.monotonic() > deadline:
             records["left_out"].append({**where, "why": "out of time"})
             continue
-        if why := too_large(bench, shape.bytes(KEY_BYTES[name])):
+        # Keys of fp16 are measured with int8 ones beside them.
+        if why := too_large(bench, shape.bytes({"f16": 3, "i8": 1, "f32": 4}[name])):
             records["left_out"].append({**where, "why": why})
         else:
             yield name
@@ -327,16 +330,20 @@ def _measure_memory(
     records: Records,
     save: Save,
 ) -> None:
-    keys, scales = bench.unit_rows(shape.entries, shape.hidden, (name,))[name]
-    values = bench.values(shape.entries)
     queries = bench.queries(max(tokens), shape.hidden)
-    for variant, blend in _blends(bench, keys, scales, values, max(tokens), name):
+    nearest: Any = None
+    for variant, scanned, blend in _blends(bench, shape, name, max(tokens)):
         for count in tokens:
-            where = {"entries": shape.entries, "hidden": shape.hidden, "key_type": variant}
+            where: Records = {"entries": shape.entries, "hidden": shape.hidden}
+            where["key_type"] = variant
             if time.monotonic() > deadline:
                 records["left_out"].append({**where, "tokens": count, "why": "out of time"})
                 continue
             bound = bench.bind(blend, queries[:count])
+            if scanned != name and nearest is not None:
+                bound.run()
+                found = bench.cupy.asnumpy(bound.neighbors)
+                where["agreement"] = overlap(nearest[:count], found)
             records["rows"].append(
                 {
                     "host": "knnmoe",
@@ -345,14 +352,31 @@ def _measure_memory(
                     "neighbors": NEIGHBORS,
                     "experts": EXPERTS,
                     # What the keys of one scan take; the least that has to be read.
-                    "key_bytes": shape.entries * (shape.hidden * KEY_BYTES[name] + 4),
+                    "key_bytes": shape.entries * (shape.hidden * KEY_BYTES[scanned] + 4),
                     **bench.times(bound.run),
                 }
             )
+            if scanned == name and count == max(tokens):
+                nearest = bench.cupy.asnumpy(bound.neighbors)
             save(records)
 
 
 def _blends(
-    bench: Bench, keys: Any, scales: Any, values: Any, max_tokens: int, name: str
-) -> Iterator[tuple[str, CupyBlend]]:
-    yield name, bench.blend(keys, scales, values, max_tokens)
+    bench: Bench, shape: Shape, name: str, max_tokens: int
+) -> Iterator[tuple[str, str, CupyBlend]]:
+    """(key type as reported, what is scanned, blend); in two stages too where keys are fp16."""
+    two_stages = name == "f16"
+    keys = bench.unit_rows(shape.entries, shape.hidden, ("f16", "i8") if two_stages else (name,))
+    values = bench.values(shape.entries)
+    yield name, name, bench.blend(*keys[name], values, max_tokens)
+    for candidates in (MAX_NEIGHBORS, 32) if two_stages else ():
+        scan_keys, scan_scales = keys["i8"]
+        scan = {"scan_keys": scan_keys, "scan_scales": scan_scales, "candidates": candidates}
+        label = TWO_STAGE if candidates == MAX_NEIGHBORS else f"{TWO_STAGE}, R={candidates}"
+        yield label, "i8", bench.blend(*keys[name], values, max_tokens, **scan)
+
+
+def overlap(ours: Any, theirs: Any) -> float:
+    """Mean share of our neighbours that are among theirs."""
+    pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]))

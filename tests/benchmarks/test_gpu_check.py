@@ -3,33 +3,59 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
+import gpu_plugin
 import gpu_report
 import gpu_rivals
 import gpu_sanitizer
 import gpu_steps
+import gpu_tensorrt
 import gpu_timing
 import numpy as np
 import pytest
-from fake_cupy import fake_cupy
-from gpu_cases import KEY_TYPES, SIMILARITIES, SMALL, Case, check, draw_case, every_case, round_keys
-from gpu_correctness import Host, answer, check_all, check_host, cupy_host, hosts
+from emulated import compile_emulation
+from fake_cupy import EMULATION, fake_cupy
+from gpu_cases import (
+    KEY_TYPES,
+    SIMILARITIES,
+    SMALL,
+    Case,
+    check,
+    draw_case,
+    every_case,
+    in_two_stages,
+    round_keys,
+)
+from gpu_correctness import (
+    Host,
+    answer,
+    check_all,
+    check_host,
+    cupy_host,
+    hosts,
+    node_inputs,
+    node_outputs,
+)
 from gpu_environment import absence, packages
 from gpu_steps import check_steps
 from gpu_tally import Absent, tally
 from gpu_timing import Bench, Effort, Shape
+from plugin_library import built_harness, find_headers
 
 from knnmoe.runtime.blend import Blended, knn_blend
 from knnmoe.runtime.probes import Module
-from knnmoe.trt_plugins import step_kernels
+from knnmoe.runtime.two_stage import scan_scores
+from knnmoe.trt_plugins import library, step_kernels
 from memories import random_memory
 
 ROOT = Path(__file__).parents[2]
@@ -52,15 +78,15 @@ def perfect(case: Case) -> Blended:
 # --- comparisons
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_the_kernels_pass_on_the_emulated_device(which: int) -> None:
     cupy = fake_cupy()
     host = list(hosts(cupy))[which]
     tiny = replace(TINY, entries=50, hidden=(1, 24))
     record = check_host(host, every_case(which, tiny), float("inf"))
     assert record["status"] == "passed", record["failures"]
-    assert record["cases"] == len(TINY.tokens) * len(KEY_TYPES) * len(SIMILARITIES)
-    assert record["largest_deviation"].keys() == set(KEY_TYPES)
+    assert record["cases"] == len(TINY.tokens) * len(host.key_types) * len(SIMILARITIES)
+    assert record["largest_deviation"].keys() == set(host.key_types)
 
 
 @pytest.mark.parametrize("output", ["rows", "confidence", "neighbors", "similarities", "state"])
@@ -189,6 +215,57 @@ def overrun(read: Any) -> Any:
         return read(output)
 
     return wrong
+
+
+def test_candidates_that_a_scan_missed_are_caught() -> None:
+    caught = 0
+    for drawn in every_case(3, replace(SMALL, entries=200, tokens=(2,)), rounds=4):
+        case = in_two_stages(drawn)
+        if case.candidates >= case.memory.n_valid:
+            continue
+        got = perfect(case)  # neighbours of the whole memory, not of the candidates
+        scores = scan_scores(case.x.astype(np.float64), case.memory, case.scan, np.float64)
+        last = np.argsort(-scores, axis=1)[:, case.candidates + 20 :]
+        if not last.size:
+            continue
+        ids = got.neighbors.copy()
+        ids[:, 0] = last[:, 0]
+        with pytest.raises(AssertionError):
+            check(case, replace(got, neighbors=ids))
+        caught += 1
+    assert caught
+
+
+@pytest.fixture(scope="module")
+def emulated_plugin() -> gpu_plugin.Libraries:
+    headers = find_headers()
+    flags = ("-isystem", str(headers), f"-I{library.PLUGIN}", "-Wno-deprecated-declarations")
+    return gpu_plugin.Libraries(
+        compile_emulation(flags=flags, source="plugin.cpp"), built_harness(headers)
+    )
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_plugin_passes_on_the_emulated_device(
+    emulated_plugin: gpu_plugin.Libraries, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy = fake_cupy()
+    driven = gpu_plugin.Driven(cupy, emulated_plugin)
+    # The emulated plugin knows no streams: it runs when it is called, captured or not.
+    tiny = replace(TINY, entries=50, hidden=(1, 24))
+    host = Host("plugin", partial(driven.run, captured=captured))
+    with EMULATION:
+        record = check_host(host, every_case(4, tiny), float("inf"))
+    assert record["status"] == "passed", record["failures"]
+
+
+def test_a_plugin_that_cannot_be_compiled_is_absent_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    record = gpu_plugin.check_plugin(fake_cupy(), 0, TINY, 0.0, folder=tmp_path)
+    assert record["status"] == "absent"
+    assert "--prepare" in record["why"]
 
 
 # --- timing
@@ -428,6 +505,55 @@ def test_how_a_stage_process_ended_is_in_its_record(
         assert record["rows"] == left["rows"]
 
 
+def test_stages_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    """The whole way from the command line and back, on a stand-in for CuPy."""
+    (tmp_path / "cupy.py").write_text(
+        "import sys\n"
+        f"sys.path += [{str(ROOT / 'tests' / 'trt_plugins')!r}, {str(ROOT / 'tests')!r}]\n"
+        "import fake_cupy\n"
+        "sys.modules['cupy'] = fake_cupy.fake_cupy()\n"
+    )
+    target = tmp_path / "report.json"
+    done = subprocess.run(
+        [
+            sys.executable, str(SCRIPT), "--stages", "compile,bandwidth,cuvs", "--seconds", "40",
+            "--output", str(target), "--commit", "abc",
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(target.read_text())
+    assert report["commit"] == "abc"
+    states = {name: stage["status"] for name, stage in report["stages"].items()}
+    assert states == {"compile": "done", "bandwidth": "failed", "cuvs": "absent"}
+    assert "run_read" in report["stages"]["bandwidth"]["traceback"]  # no stand-in for that kernel
+    assert "[absent] cuvs" in done.stdout
+    assert "Targets:" in done.stdout
+
+
+def test_without_tensorrt_its_stage_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    record = gpu_tensorrt.check_engines(fake_cupy(), 0, time.monotonic())
+    assert record["status"] == "absent"
+    assert set(record["hosts"]) == {"tensorrt", "tensorrt_rtx"}
+
+
+def test_the_model_of_the_node_is_valid_and_fits_the_case() -> None:
+    onnx = pytest.importorskip("onnx")
+    case = draw_case(1, SMALL, 3, "f16", "rbf")
+    outputs = node_outputs(fake_cupy(), case)
+    content = gpu_tensorrt.node_model(node_inputs(case), outputs, "rbf")
+    model = onnx.load_from_string(content)
+    (node,) = model.graph.node
+    assert (node.op_type, node.domain) == ("KnnBlend", "knnmoe")
+    assert {a.name: a.s for a in node.attribute}["similarity"] == b"rbf"
+    types = {i.name: i.type.tensor_type.elem_type for i in model.graph.input}
+    assert types["keys"] == onnx.TensorProto.FLOAT16
+    assert types["n_valid"] == onnx.TensorProto.INT64
+
+
 def test_unknown_stages_are_refused() -> None:
     with pytest.raises(SystemExit) as stopped:
         gpu_check.parse(["--stages", "decode,lunch"])
@@ -578,7 +704,7 @@ def row(host: str, entries: int, warm: float, call: float, **more: Any) -> dict[
 
 def synthetic(warm: float = 170.0, two_stage: float = 90.0, torch: float = 400.0) -> dict[str, Any]:
     fast = row("knnmoe", 100_000, warm, warm + 20)
-    two = row("knnmoe", 100_000, two_stage, 99.0, key_type=gpu_report.TWO_STAGE)
+    two = row("knnmoe", 100_000, two_stage, 99.0, key_type=gpu_timing.TWO_STAGE)
     return {
         "schema": gpu_report.SCHEMA,
         "seed": 1,
@@ -630,7 +756,9 @@ def test_the_share_of_the_bandwidth_is_of_the_bytes_of_the_keys() -> None:
 
 
 def test_the_text_names_stages_times_gaps_and_targets() -> None:
-    text = gpu_report.describe(gpu_report.finish(synthetic()))
+    report = gpu_report.finish(synthetic())
+    parts = [gpu_report.describe_stage(name, stage) for name, stage in report["stages"].items()]
+    text = "\n".join([*parts, gpu_report.summarize(report)])
     assert "[absent] faiss-gpu" in text
     assert "copy 3000 GB/s, read 3100 GB/s (1024 MiB)" in text
     assert "not measured: 1 (out of time): N=10 D=256 f32" in text
@@ -638,7 +766,7 @@ def test_the_text_names_stages_times_gaps_and_targets() -> None:
     assert "100,000" in text
 
 
-@pytest.mark.parametrize("stage", ["correctness", "sanitizer", "tensorrt", "decode"])
+@pytest.mark.parametrize("stage", ["correctness", "plugin", "sanitizer", "tensorrt", "decode"])
 def test_only_stages_that_check_results_decide_the_exit_code(stage: str) -> None:
     report = {"stages": {stage: {"status": "failed"}, "torch": {"status": "absent"}}}
     assert gpu_report.exit_code(report) == (0 if stage == "decode" else 1)
