@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from knnmoe.trt_plugins.step_kernels import StepKernels
+from knnmoe.trt_plugins.step_kernels import MOST_CACHES, StepKernels
 
 from ..engines.base import Array, Engine, Run
 from .cuda import Cuda
 
 
 class AppendingEngine:
-    """The engine, followed by one launch that appends to all caches of its segment."""
+    """The engine, followed by a launch that appends to the caches of its segment."""
 
     def __init__(self, engine: Engine, cuda: Cuda, kernels: StepKernels) -> None:
         self._engine, self._cuda, self._kernels = engine, cuda, kernels
@@ -37,11 +37,15 @@ class AppendingEngine:
         run = self._engine.bind(inputs, passed)
         if not pairs:
             return run
-        append = self._kernels.append_many(pairs, inputs["past_lengths"])
+        appends = [
+            self._kernels.append_many(pairs[start : start + MOST_CACHES], inputs["past_lengths"])
+            for start in range(0, len(pairs), MOST_CACHES)
+        ]
 
         def run_and_append() -> None:
             run()
-            append()
+            for append in appends:
+                append()
 
         return run_and_append
 

@@ -164,3 +164,11 @@ def test_smaller_keys_are_near(
     model = load(memory=tiny_pack, settings=DeviceSettings(keys=keys)).model
     expected = host(tiny_bundle, tiny_pack).logits(IDS)
     assert np.abs(model.logits(IDS) - expected).max() < atol
+
+
+def test_more_caches_than_a_launch_takes(
+    load: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knnmoe.runtime.device.append.MOST_CACHES", 4)  # of the 6 of three layers
+    device = load(layout="fused").model
+    np.testing.assert_allclose(device.logits(IDS), host(tiny_bundle).logits(IDS), atol=2e-4)
