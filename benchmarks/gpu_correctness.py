@@ -21,6 +21,7 @@ from gpu_tally import Check, Errors, Records, tally
 
 from knnmoe.runtime.blend import Blended
 from knnmoe.trt_plugins.cupy_prototype import CupyBlend, MemoryArrays
+from knnmoe.trt_plugins.plan import MAX_NEIGHBORS
 
 Run = Callable[[Case], Blended]
 POISONED_ID = -7
@@ -177,7 +178,6 @@ INPUTS = (
     "lengths",
 )  # fmt: skip
 OUTPUTS = ("rows", "state_out", "confidence", "neighbors", "similarities")
-PLUGIN_COLUMNS = 64  # the plugin has min(N, 64) columns of neighbours
 
 
 def node_inputs(case: Case) -> dict[str, Any]:
@@ -191,9 +191,9 @@ def node_inputs(case: Case) -> dict[str, Any]:
     return dict(zip(INPUTS, values, strict=True))
 
 
-def node_outputs(cupy: Any, case: Case) -> dict[str, Any]:
+def node_outputs(cupy: Any, case: Case, max_neighbors: int = MAX_NEIGHBORS) -> dict[str, Any]:
     """The outputs of the blend node as the plugin gives them, poisoned."""
-    tokens, columns = len(case.x), min(PLUGIN_COLUMNS, len(case.keys))
+    tokens, columns = len(case.x), min(max_neighbors, len(case.keys))
     values = (
         cupy.full(case.r.shape, np.nan, np.float32),
         cupy.full(case.state.shape, np.nan, np.float32),

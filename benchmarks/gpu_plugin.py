@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_cases import Case, Limits, every_case
-from gpu_correctness import Host, check_host, node_answer, node_inputs, node_outputs
+import numpy as np
+from gpu_cases import Case, Limits, every_case, in_two_stages
+from gpu_correctness import POISONED_ID, Host, check_host, node_answer, node_inputs, node_outputs
 from gpu_tally import Absent, Records
 
 from knnmoe.runtime.blend import Blended
@@ -91,14 +92,12 @@ def check_plugin(
         libraries = find_libraries(folder, str(cupy.cuda.Device().compute_capability))
     except Absent as reason:
         return {"status": "absent", "why": str(reason)}
-    driven = Driven(cupy, libraries)
+    chosen = plugin_hosts(cupy, libraries)
     hosts: Records = {}
-    kinds = {"plugin": False, "plugin, CUDA graph": True}
-    for position, (name, captured) in enumerate(kinds.items()):
+    for position, host in enumerate(chosen):
         now = time.monotonic()
-        share = max(0.0, deadline - now) / (len(kinds) - position)
-        host = Host(name, partial(driven.run, captured=captured))
-        hosts[name] = check_host(host, every_case(seed, limits), now + share)
+        share = max(0.0, deadline - now) / (len(chosen) - position)
+        hosts[host.name] = check_host(host, every_case(seed, limits), now + share)
     failed = any(host["status"] == "failed" for host in hosts.values())
     return {
         "status": "failed" if failed else "passed",
@@ -107,39 +106,41 @@ def check_plugin(
     }
 
 
-class Driven:
-    """Two plugins of the library, one for each similarity, and their calls."""
+def plugin_hosts(cupy: Any, libraries: Libraries) -> list[Host]:
+    """The plugin as it is called, captured, and with its two-stage search."""
+    run = partial(drive, cupy, libraries)
+    return [
+        Host("plugin", run),
+        Host("plugin, CUDA graph", partial(run, captured=True)),
+        Host("plugin, two stages", run, ("f16", "f32"), in_two_stages),
+    ]
 
-    def __init__(self, cupy: Any, libraries: Libraries) -> None:
-        self.cupy = cupy
-        self.plugins = {
-            similarity: PluginHarness(
-                libraries.plugin,
-                fields={"similarity": similarity},
-                harness=libraries.harness,
-                cupy=cupy,
-            )
-            for similarity in ("cosine", "rbf")
-        }
 
-    def run(self, case: Case, *, captured: bool) -> Blended:
-        """One case in a context of its own; its outputs are poisoned."""
-        cupy = self.cupy
-        stream = cupy.cuda.Stream(non_blocking=True)
-        with stream:
-            outputs = node_outputs(cupy, case)
-            inputs = [cupy.asarray(array) for array in node_inputs(case).values()]
-            plugin = self.plugins[case.memory.similarity]
-            bound = plugin.bind(inputs, list(outputs.values()))
+def drive(cupy: Any, libraries: Libraries, case: Case, *, captured: bool = False) -> Blended:
+    """One case in a plugin and a context of its own; its outputs are poisoned."""
+    fields: dict[str, Any] = {
+        "similarity": case.memory.similarity,
+        "max_neighbors": np.int32(case.max_neighbors),
+    }
+    arrays = list(node_inputs(case).values())
+    if case.scan is not None:
+        # At least as many as the neighbours there is room for, although there may be fewer entries.
+        fields["candidates"] = np.int32(max(case.candidates, case.max_neighbors))
+        arrays += [case.scan.keys, case.scan.scales]
+    plugin = PluginHarness(libraries.plugin, fields=fields, harness=libraries.harness, cupy=cupy)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        outputs = node_outputs(cupy, case, case.max_neighbors)
+        inputs = [cupy.asarray(array) for array in arrays]
+        bound = plugin.bind(inputs, list(outputs.values()))
+        stream.synchronize()
+        bound.run()  # loads the kernels, which a capture may not
+        if captured:
+            for array in outputs.values():
+                array.fill(POISONED_ID)
             stream.synchronize()
-            bound.run()  # loads the kernels, which a capture may not
-            if captured:
-                stream.synchronize()
-                for array in outputs.values():
-                    array.fill(-7)
-                stream.synchronize()
-                stream.begin_capture()
-                bound.run()
-                stream.end_capture().launch(stream)
-            stream.synchronize()
-            return node_answer(cupy, outputs)
+            stream.begin_capture()
+            bound.run()
+            stream.end_capture().launch(stream)
+        stream.synchronize()
+        return node_answer(cupy, outputs)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,15 +244,13 @@ def emulated_plugin() -> gpu_plugin.Libraries:
     )
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("which", range(3))
 def test_the_plugin_passes_on_the_emulated_device(
-    emulated_plugin: gpu_plugin.Libraries, captured: bool, monkeypatch: pytest.MonkeyPatch
+    emulated_plugin: gpu_plugin.Libraries, which: int
 ) -> None:
-    cupy = fake_cupy()
-    driven = gpu_plugin.Driven(cupy, emulated_plugin)
+    host = gpu_plugin.plugin_hosts(fake_cupy(), emulated_plugin)[which]
     # The emulated plugin knows no streams: it runs when it is called, captured or not.
-    tiny = replace(TINY, entries=50, hidden=(1, 24))
-    host = Host("plugin", partial(driven.run, captured=captured))
+    tiny = replace(TINY, entries=100 if which == 2 else 50, hidden=(1, 24))
     with EMULATION:
         record = check_host(host, every_case(4, tiny), float("inf"))
     assert record["status"] == "passed", record["failures"]
