@@ -194,9 +194,10 @@ class DeviceLayout:
             raise TypeError("a step of this layout's own `new_step` is needed")
         batch, length = step.input_ids.shape
         vocab_size = self.architecture.vocab_size
-        there = PackedStep.pack(batch, length, len(step.logit_rows), vocab_size, cuda.zeros)
         wiring = self._decode if length == 1 or self._prefill is None else self._prefill
-        inner = wiring.parts(there, cache, traced=traced)
+        with cuda.lock:  # not while another thread's step is captured
+            there = PackedStep.pack(batch, length, len(step.logit_rows), vocab_size, cuda.zeros)
+            inner = wiring.parts(there, cache, traced=traced)
         downloads: list[tuple[Array, NDArray[Any]]] = [(there.logits, step.logits)]
         records = []
         for gate, record in enumerate(inner.records):
