@@ -121,9 +121,13 @@ def build(
     settings.check(shape)
     version = _backend_version(settings)
     capabilities, driver = _target(settings)
+    settings = settings.for_target(capabilities, version)
     chosen, notes = _choose_plugin(settings, plugin)
     if chosen is None:
         settings = replace(settings, keys="float32")  # the function has no others
+    if settings.experts == "moe":
+        moe = "The experts run in TensorRT's MoE layer; --experts gathered does without."
+        notes = (*notes, moe)
     jobs = _jobs(bundle, settings, with_plugin=chosen is not None)
     engines = EngineSet(
         path=Path(),
@@ -259,7 +263,7 @@ def _jobs(bundle: Bundle, settings: BuildSettings, *, with_plugin: bool) -> list
         options = StdOptions(
             operators=settings.operators,  # type: ignore[arg-type] # checked
             precision=settings.precision,  # type: ignore[arg-type] # checked
-            experts="gathered" if phase == "decode" else "dense",
+            experts=settings.experts_of(phase),
             capacity=settings.limits.context if settings.operators == "modern" else None,
         )
         model = StdModel.of(bundle, options)
@@ -438,10 +442,12 @@ def _failure(event: Mapping[str, Any], settings: BuildSettings) -> KnnMoeError:
             stated["where"], stated["problem"], expected=stated["expected"],
             found=stated["found"], fix=stated["fix"],
         )  # fmt: skip
+    advice = "A larger --workspace, or smaller --max-context or --prefill, may help."
+    if settings.experts == "moe":
+        advice += " So may --experts gathered, which does without TensorRT's MoE layer."
     return EngineError(
-        f"{settings.backend}: {event['name']}", event["problem"], found=event["found"],
-        fix="A larger --workspace, or smaller --max-context or --prefill, may help.",
-    )  # fmt: skip
+        f"{settings.backend}: {event['name']}", event["problem"], found=event["found"], fix=advice
+    )
 
 
 def _environment(backend: str, temporary: Path) -> dict[str, str]:

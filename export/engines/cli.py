@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BACKENDS = ("tensorrt", "tensorrt_rtx", "onnxruntime")
 PRECISIONS = ("float16", "float32")
 OPERATORS = ("primitive", "modern")
+EXPERTS = ("auto", "gathered", "dense", "moe")
 KEYS = ("float16", "float32", "int8")
 LAYOUTS = ("split", "fused")
 
@@ -56,6 +57,10 @@ def _capabilities(_ctx: click.Context, _param: click.Parameter, given: tuple[str
 @click.option("--operators", type=click.Choice(OPERATORS), default="primitive", show_default=True,
               help="What graphs are made of: primitive for TensorRT 10.3 and newer, modern for "
                    "10.15 and newer.")  # fmt: skip
+@click.option("--experts", type=click.Choice(EXPERTS), default="auto", show_default=True,
+              help="Gather each token's, run all on every token, or TensorRT's layer (moe: "
+                   "TensorRT 11, sm 10x and 11x). auto: moe where it is, else gathered for "
+                   "single tokens and dense for prompts.")  # fmt: skip
 @click.option("--keys", type=click.Choice(KEYS), default="float16", show_default=True,
               help="Of memories where a gate is inside an engine with the plugin.")  # fmt: skip
 @click.option("--sm", "capabilities", multiple=True, metavar="CC", callback=_capabilities,
@@ -85,6 +90,7 @@ def build(
     layout: str,
     precision: str,
     operators: str,
+    experts: Any,
     keys: str,
     capabilities: tuple[str, ...],
     max_batch: int | None,
@@ -116,6 +122,7 @@ def build(
             layout=layout,
             precision=precision,
             operators=operators,
+            experts=experts,
             keys=keys,
             capabilities=capabilities,
             limits=limits_for(

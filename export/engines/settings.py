@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from knnmoe.runtime.bundle import ModelShape, TensorSpec
 from knnmoe.runtime.engines.engine_set import BACKENDS, KEYS, LAYOUTS, PRECISIONS, Backend, Limits
 from knnmoe.runtime.errors import SettingError
 
+from ..lowering.std_ops import Experts
+
 Plugin = Literal["auto", "require", "none"]
 PLUGINS: tuple[Plugin, ...] = ("auto", "require", "none")
 OPERATORS = ("primitive", "modern")
+EXPERTS: tuple[Experts | Literal["auto"], ...] = ("auto", "gathered", "dense", "moe")
+MOE_CAPABILITIES = (10, 11)  # major numbers of those that TensorRT's MoE layer is made for
+MOE_SINCE = 11  # the major version whose parser reads it
 TYPICAL_ENTRIES = 10_000  # what kernels are tuned for, where more are allowed
 
 DEFAULT_LIMITS = Limits(batch=1, context=4096, prefill=128, entries=1 << 17)
@@ -29,6 +34,8 @@ class BuildSettings:
         layout: `split` or `fused`.
         precision: Of matrix products and the key-value cache.
         operators: `primitive` for every TensorRT from 10.3 on, `modern` for 10.15 and newer.
+        experts: `gathered`, `dense` or `moe` as in `StdOptions`; `auto` is `moe` where the target
+            has it, and else gathers the experts of single tokens and runs all of them on prompts.
         keys: dtype of the memories' keys where a gate is inside an engine with the plugin.
         capabilities: Compute capabilities to build ahead for, as `86`; empty: this device.
         limits: The largest shapes.
@@ -42,6 +49,7 @@ class BuildSettings:
     layout: str = "split"
     precision: str = "float16"
     operators: str = "primitive"
+    experts: Experts | Literal["auto"] = "auto"
     keys: str = "float16"
     capabilities: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
@@ -57,6 +65,7 @@ class BuildSettings:
             ("layout", LAYOUTS),
             ("precision", PRECISIONS),
             ("operators", OPERATORS),
+            ("experts", EXPERTS),
             ("keys", KEYS),
             ("plugin", PLUGINS),
         ):
@@ -89,6 +98,45 @@ class BuildSettings:
                 found=", ".join(self.capabilities),
                 fix="Build on the target, or ahead with --backend tensorrt_rtx.",
             )  # fmt: skip
+
+    def for_target(self, capabilities: tuple[str, ...], version: str) -> BuildSettings:
+        """These settings, where `auto` experts are `moe` if the target has it.
+
+        Args:
+            capabilities: Of all the devices that engines are built for, as `86`.
+            version: Of the backend.
+
+        Raises:
+            SettingError: If `moe` was asked for and the target lacks it.
+        """
+        if self.experts not in ("auto", "moe"):
+            return self
+        lacking = self._lacks_moe(capabilities, version)
+        if lacking is None:
+            return replace(self, experts="moe")
+        if self.experts == "auto":
+            return self
+        expected, found = lacking
+        raise SettingError(
+            "experts", "the target has no mixture-of-experts layer", expected=expected, found=found,
+            fix="Use --experts auto, gathered or dense.",
+        )  # fmt: skip
+
+    def experts_of(self, phase: str) -> Experts:
+        """How a phase runs the experts; of the settings `for_target`."""
+        if self.experts == "auto":
+            return "gathered" if phase == "decode" else "dense"
+        return self.experts
+
+    def _lacks_moe(self, capabilities: tuple[str, ...], version: str) -> tuple[str, str] | None:
+        """What it takes for `moe` and what is there instead; None where there is what it takes."""
+        if self.backend != "tensorrt":
+            return "backend tensorrt", self.backend
+        if not all(int(capability) // 10 in MOE_CAPABILITIES for capability in capabilities):
+            return "compute capability 10.x or 11.x", ", ".join(capabilities)
+        if int(version.split(".")[0]) < MOE_SINCE:
+            return f"TensorRT {MOE_SINCE} or newer", version
+        return None
 
     @property
     def phases(self) -> tuple[str, ...]:

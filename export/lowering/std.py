@@ -1,4 +1,4 @@
-"""The `std` lowering: standard ONNX operators only, for TensorRT and ONNX Runtime's CUDA provider.
+"""The `std` lowering: standard ONNX operators, for TensorRT and ONNX Runtime's CUDA provider.
 
 The weights are those of the bundle, where they lie; float16 graphs cast them, and both hosts fold
 the cast when they load the graph.

@@ -1,4 +1,4 @@
-"""The experts of a gate in matrix products: SwiGLU, with each token's own experts and weights.
+"""The experts of a gate: SwiGLU, with each token's own experts and weights.
 
 Stored are gate and up as [E, 2F, D], their rows taking turns, and down as [E, D, F].
 """
@@ -12,6 +12,9 @@ import onnx_ir as ir
 
 from .ort_weights import layer_name
 from .std_ops import Experts, StdOps
+
+TENSORRT = "trt"  # TensorRT's parser knows its own operators by name, in any domain
+_SILU = 1  # of `activation_type`; without it there is no activation
 
 
 def gathered_experts(
@@ -55,9 +58,35 @@ def dense_experts(
     return ops.widen(g.op("Gemm", inner, down, transB=1))
 
 
+def moe_experts(
+    ops: StdOps, rows: ir.Value, ids: ir.Value, weights: ir.Value, layer: int
+) -> ir.Value:
+    """rows [T, D], ids and weights [T, k] → [T, D], by TensorRT's mixture-of-experts layer.
+
+    It wants all tokens as one sequence, all but the ids in one precision, and matrices to multiply
+    from the right: gate and up [E, D, F], down [E, F, D]. They are constants made of the stored
+    weights, to be folded when the engine is built.
+    """
+    g = ops.g
+    axis, end, two = g.ints(1), g.ints(np.iinfo(np.int64).max), g.ints(2)
+    gate_up = ops.narrow_weight(layer_name(layer, "gate_up"))
+    stored = [g.op("Slice", gate_up, g.ints(first), end, axis, two) for first in (0, 1)]
+    stored.append(ops.narrow_weight(layer_name(layer, "down")))
+    matrices = [g.op("Transpose", weight, perm=[0, 2, 1]) for weight in stored]
+    parts = (ops.narrow(rows), _used(ops, ids, weights), ops.narrow(weights))
+    one = g.ints(0)
+    tokens = [g.op("Unsqueeze", part, one) for part in parts]
+    mixed = g.op("TRT_MoE", *tokens, *matrices, domain=TENSORRT, activation_type=_SILU)
+    return ops.widen(g.op("Squeeze", mixed, one))
+
+
 ExpertsOf = Callable[[StdOps, ir.Value, ir.Value, ir.Value, int], ir.Value]
 
-EXPERTS: dict[Experts, ExpertsOf] = {"gathered": gathered_experts, "dense": dense_experts}
+EXPERTS: dict[Experts, ExpertsOf] = {
+    "gathered": gathered_experts,
+    "dense": dense_experts,
+    "moe": moe_experts,
+}
 
 
 def _activated(ops: StdOps, product: ir.Value, weights: ir.Value, shape: ir.Value) -> ir.Value:
@@ -76,6 +105,16 @@ def _activated(ops: StdOps, product: ir.Value, weights: ir.Value, shape: ir.Valu
     active = g.op("Mul", g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up), weights)
     unused = g.op("Equal", weights, ops.number(0.0))
     return ops.narrow(g.op("Where", unused, ops.number(0.0), active))
+
+
+def _used(ops: StdOps, ids: ir.Value, weights: ir.Value) -> ir.Value:
+    """ids [T, k] with the token's first, which has the largest weight, for those of weight 0.
+
+    So no expert is read for nothing, nor one that overflows on a token that is not its own.
+    """
+    g = ops.g
+    first = g.op("Slice", ids, g.ints(0), g.ints(1), g.ints(1))
+    return g.op("Where", g.op("Equal", weights, ops.number(0.0)), first, ids)
 
 
 def _by_expert(ops: StdOps, ids: ir.Value, weights: ir.Value) -> ir.Value:

@@ -15,7 +15,7 @@ from knnmoe.export.graph import GraphBuilder, StoredTensor
 Operators = Literal["primitive", "modern"]
 Precision = Literal["float32", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16")
-Experts = Literal["gathered", "dense"]
+Experts = Literal["gathered", "dense", "moe"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class StdOptions:
         precision: Of matrix products and the key-value cache. The residual stream, norms, softmax,
             the router and all that crosses the seam are float32 either way.
         experts: `gathered` reads the weights of each token's own experts (few tokens); `dense` runs
-            every expert on every token and weighs (many tokens).
+            every expert on every token and weighs (many tokens); `moe` is TensorRT's own layer, the
+            one operator that is not standard (TensorRT 11 on compute capability 10.x and 11.x).
         capacity: Tokens that the key-value cache has room for, or None to leave it free. TensorRT
             takes `modern` graphs with a capacity only.
     """

@@ -52,6 +52,17 @@ def profile_of(builder: Any, network: Any, graph: StdGraph, tokens: int) -> Any:
     return profile
 
 
+def moe_layer(layer: Any) -> dict[str, Any]:
+    """What the parser made of a mixture of experts."""
+    layer.__class__ = trt.IMoELayer
+    inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+    return {
+        "activation": layer.activation_type.name,
+        "dtypes": [tensor.dtype.name for tensor in (*inputs, layer.get_output(0))],
+        "shapes": [list(tensor.shape) for tensor in (*inputs, layer.get_output(0))],
+    }
+
+
 def build(bundle: Bundle, job: dict[str, Any]) -> dict[str, Any]:
     """Parse, and build unless the job has no capabilities: errors, kinds of layers, bytes, time."""
     options = StdOptions(job["operators"], job["precision"], job["experts"], CAPACITY)
@@ -66,6 +77,7 @@ def build(bundle: Bundle, job: dict[str, Any]) -> dict[str, Any]:
         return job | {"errors": errors}
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     found: dict[str, Any] = job | {"layers": sorted({layer.type.name for layer in layers})}
+    found["moe"] = [moe_layer(layer) for layer in layers if layer.type == trt.LayerType.MOE]
     for tensors, count, specs in (
         (network.get_input, network.num_inputs, graph.inputs),
         (network.get_output, network.num_outputs, graph.outputs),

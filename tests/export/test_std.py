@@ -33,6 +33,32 @@ KINDS: dict[str, dict[str, Any]] = {
     "room for more experts than are selected": {"room": 5},
 }  # fmt: skip
 WAYS = [StdOptions(o, "float32", e) for o in ("primitive", "modern") for e in ("gathered", "dense")]
+MOE = [StdOptions(operators, "float32", "moe") for operators in ("primitive", "modern")]
+# What TensorRT's layer is documented to compute, for hosts without it: SwiGLU of the selected
+# experts, weighted and added. TensorRT itself has no need of this function.
+MOE_FUNCTION = """
+<opset_import: ["": 20], domain: "trt">
+TRT_MoE <activation_type> (hidden, ids, scores, gate, up, down) => (mixed)
+{
+    row = Constant <value_ints = [2, 3]> ()
+    slots = Constant <value_ints = [2]> ()
+    matrix = Constant <value_ints = [3, 4]> ()
+    gates = Gather <axis = 0> (gate, ids)
+    ups = Gather <axis = 0> (up, ids)
+    downs = Gather <axis = 0> (down, ids)
+    token = Unsqueeze (hidden, row)
+    gated = MatMul (token, gates)
+    raised = MatMul (token, ups)
+    share = Sigmoid (gated)
+    active = Mul (gated, share)
+    product = Mul (active, raised)
+    outputs = MatMul (product, downs)
+    weights = Unsqueeze (scores, matrix)
+    weighed = Mul (outputs, weights)
+    by_token = ReduceSum <keepdims = 0> (weighed, slots)
+    mixed = Squeeze (by_token, slots)
+}
+"""
 CAPACITY = 24
 # Real tokens of each sequence, step by step, of as many rows as the longest of them has: a prefill,
 # a second piece of it in which one sequence has nothing, and three single tokens.
@@ -72,9 +98,20 @@ def options_of(bundle: Bundle) -> onnxruntime.SessionOptions:
     return options
 
 
+def runnable(content: bytes) -> bytes:
+    """The graph with a function for TensorRT's layer, if it has that."""
+    proto = onnx.load_model_from_string(content)
+    if any(node.op_type == "TRT_MoE" for node in proto.graph.node):
+        function = onnx.parser.parse_function(MOE_FUNCTION)
+        (opset,) = (entry.version for entry in proto.opset_import if not entry.domain)
+        function.opset_import[0].version = opset
+        proto.functions.append(function)
+    return proto.SerializeToString()
+
+
 def std_session(bundle: Bundle, graph: StdGraph) -> onnxruntime.InferenceSession:
     """The graph as ONNX Runtime sees it, whose inputs and outputs must be those stated."""
-    session = onnxruntime.InferenceSession(graph.content, options_of(bundle))
+    session = onnxruntime.InferenceSession(runnable(graph.content), options_of(bundle))
     types = {"float": "float32", "float16": "float16", "int64": "int64", "int32": "int32"}
     for stated, found in (
         (graph.inputs, session.get_inputs()),
@@ -232,7 +269,7 @@ def split_errors(
     return worst["logits"], worst["router_logits"]
 
 
-@pytest.mark.parametrize("options", WAYS, ids=lambda o: f"{o.operators}-{o.experts}")
+@pytest.mark.parametrize("options", [*WAYS, *MOE], ids=lambda o: f"{o.operators}-{o.experts}")
 def test_segments_agree_with_the_bundles_own(bundle, sequences, options):
     logits, router_logits = split_errors(bundle, options, sequences)
     assert logits <= 1e-4
@@ -240,7 +277,7 @@ def test_segments_agree_with_the_bundles_own(bundle, sequences, options):
 
 
 # Measured: logits 0.005, and 0.03 with the tied head, where they are larger; router logits 0.0024.
-@pytest.mark.parametrize("options", WAYS, ids=lambda o: f"{o.operators}-{o.experts}")
+@pytest.mark.parametrize("options", [*WAYS, *MOE], ids=lambda o: f"{o.operators}-{o.experts}")
 def test_float16_segments_agree_where_the_experts_are_the_same(bundle, sequences, options):
     half = replace(options, precision="float16")
     logits, router_logits = split_errors(bundle, half, sequences, forced=True)
@@ -248,7 +285,7 @@ def test_float16_segments_agree_where_the_experts_are_the_same(bundle, sequences
     assert router_logits <= 0.01
 
 
-@pytest.mark.parametrize("options", WAYS, ids=lambda o: f"{o.operators}-{o.experts}")
+@pytest.mark.parametrize("options", [*WAYS, *MOE], ids=lambda o: f"{o.operators}-{o.experts}")
 def test_what_overflows_stays_in_its_row(tmp_path, options):
     """Neither an expert of weight 0 nor a row behind it reaches the first token."""
     checkpoint = make_tiny_olmoe(tmp_path / "checkpoint")
@@ -322,7 +359,7 @@ def states(bundle: Bundle, batch: int) -> Arrays:
     return {f"state_{gate}": np.zeros((batch, 2), np.float32) for gate in gates}
 
 
-@pytest.mark.parametrize("options", WAYS, ids=lambda o: f"{o.operators}-{o.experts}")
+@pytest.mark.parametrize("options", [*WAYS, *MOE], ids=lambda o: f"{o.operators}-{o.experts}")
 def test_the_fused_graph_agrees_with_the_bundles_own(bundle, sequences, options):
     fused, memory = bundle.manifest.fused, memories(bundle)
     assert fused is not None
@@ -422,6 +459,21 @@ def test_graphs_copy_no_weight(tiny):
         assert len(proto.SerializeToString()) < limit, name
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_experts_of_tensorrt_are_one_layer_a_gate_and_copy_no_weight(tiny, precision):
+    for name, proto in models(StdModel.of(tiny, StdOptions("primitive", precision, "moe"))):
+        layers = [node for node in proto.graph.node if node.op_type == "TRT_MoE"]
+        gates = tiny.manifest.architecture.num_gates
+        without = name == "segment 0" or name.startswith("gate")
+        assert len(layers) == (gates if name == "fused" else 0 if without else 1), name
+        for layer in layers:
+            (silu,) = layer.attribute
+            assert (layer.domain, len(layer.input)) == ("trt", 6)
+            assert (silu.name, silu.i) == ("activation_type", 1)
+        for tensor in proto.graph.initializer:
+            assert tensor.data_location == onnx.TensorProto.EXTERNAL, (name, tensor.name)
+
+
 def test_inner_names_of_the_function_are_no_names_of_the_graph(tiny):
     """TensorRT's parser connects the wrong tensors where they are."""
     for name, proto in models(StdModel.of(tiny, StdOptions())):
@@ -442,7 +494,7 @@ def test_a_capacity_that_is_given_is_the_caches(tiny):
     [
         ({"operators": "future"}, "std.operators: unknown; expected primitive or modern"),
         ({"precision": "int8"}, "std.precision: unknown; expected float32 or float16"),
-        ({"experts": "some"}, "std.experts: unknown; expected gathered or dense"),
+        ({"experts": "some"}, "std.experts: unknown; expected gathered or dense or moe"),
         ({"capacity": 0}, "std.capacity: out of range; expected >= 1; found 0"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from knnmoe.export.exporter import export
-from knnmoe.runtime.bundle import GATE_GRAPHS
+from knnmoe.runtime.bundle import GATE_GRAPHS, Bundle
 
 SCRIPT = Path(__file__).parent / "std_in_tensorrt.py"
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -27,7 +27,11 @@ WAYS = [
     {"operators": operators, "precision": precision, "experts": experts}
     for operators, precision, experts in itertools.product(OPERATORS, PRECISIONS, EXPERTS)
 ]
-TOKENS = {"gathered": 16, "dense": 128}
+MOE = [
+    {"operators": operators, "precision": precision, "experts": "moe"}
+    for operators, precision in itertools.product(OPERATORS, PRECISIONS)
+]
+TOKENS = {"gathered": 16, "dense": 128, "moe": 128}
 ALL = ["SM86", "SM89", "SM120"]
 
 Builder = Callable[[Path, list[dict[str, Any]]], list[dict[str, Any]]]
@@ -70,6 +74,26 @@ def test_every_segment_is_parsed_as_what_it_is(tensorrt: Builder, tiny_bundle: P
         modern = result["operators"] == "modern" and result["graph"] != "3"
         found = made_for_transformers & set(result["layers"])
         assert found == (made_for_transformers if modern else set())
+
+
+def test_the_experts_of_a_gate_are_parsed_as_one_layer_of_tensorrts_own(
+    tensorrt: Builder, tiny_bundle: Path
+) -> None:
+    """Parsed only: this TensorRT builds for no device that has the layer."""
+    shape = Bundle.open(tiny_bundle, verify=False).manifest.architecture
+    jobs = [job(graph, way) for way in MOE for graph in (*range(4), "fused")]
+    for result in tensorrt(tiny_bundle, jobs):
+        gates = {"0": 0, "fused": shape.num_gates}.get(result["graph"], 1)
+        assert len(result["moe"]) == gates, result
+        for layer in result["moe"]:
+            half = "HALF" if result["precision"] == "float16" else "FLOAT"
+            assert layer["activation"] == "SILU"
+            assert layer["dtypes"] == [half, "INT32", *[half] * 5]
+            hidden, ids, scores, gate, up, down, mixed = layer["shapes"]
+            assert hidden == mixed == [1, -1, shape.hidden_size]
+            assert ids == scores
+            assert gate == up == [shape.num_experts, shape.hidden_size, down[1]]
+            assert down == [shape.num_experts, gate[2], shape.hidden_size]
 
 
 def test_a_segment_is_built_in_float16_and_where_no_fused_attention_is(
