@@ -36,16 +36,18 @@ def emulated() -> Path:
     return compile_emulation(flags=flags, source="plugin.cpp")
 
 
-def hosts(case: Case) -> tuple[list[Any], list[Any]]:
+def hosts(case: Case, most: int = 64) -> tuple[list[Any], list[Any]]:
     """Inputs and poisoned outputs of the node."""
     memory, stored = case.stored.memory, case.stored
-    tokens, columns = len(case.x), min(64, len(stored.keys))
+    tokens, columns = len(case.x), min(most, len(stored.keys))
     f32, i64 = np.float32, np.int64
     inputs = [
         case.x.astype(f32), case.r.astype(f32), stored.keys, stored.key_scales.astype(f32),
         stored.values, np.array([memory.n_valid], i64), np.array([memory.k], i64), memory.center,
         memory.calibration.vector(), case.state.astype(f32), case.lengths.astype(i64),
     ]  # fmt: skip
+    if stored.scan:
+        inputs += [stored.scan.keys, stored.scan.scales]
     outputs = [
         np.full(case.r.shape, np.nan, f32), np.full(case.state.shape, np.nan, f32),
         np.full(tokens, np.nan, f32), np.full((tokens, columns), -7, i64),
@@ -70,6 +72,26 @@ def test_enqueue_blends_what_lies_on_the_device(
         bound.run()
         bound.run()
     assert bound.workspace_bytes == driven.workspace_bytes(inputs, outputs) > 0
+    rows, state, confidence, neighbors, similarities = (a.get() for a in outputs)
+    check(case, Blended(rows, confidence, neighbors, similarities, state))
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_enqueue_searches_in_two_stages(harness: Path, emulated: Path, seed: int) -> None:
+    case = random_case(seed, key_type="f16", prefill=seed == 2, two_stage=True)
+    cupy, most = fake_cupy(), case.settings["columns"]
+    inputs, outputs = ([cupy.asarray(a) for a in side] for side in hosts(case, most))
+    fields = {
+        "similarity": case.stored.memory.similarity,
+        "max_neighbors": np.int32(most),
+        "candidates": np.int32(case.stored.candidates or 64),
+    }
+    driven = PluginHarness(emulated, fields=fields, harness=harness, cupy=cupy)
+    assert driven.serialized() == fields
+    bound = driven.bind(inputs, outputs)
+    cupy.machine.synchronize()
+    with EMULATION:
+        bound.run()
     rows, state, confidence, neighbors, similarities = (a.get() for a in outputs)
     check(case, Blended(rows, confidence, neighbors, similarities, state))
 
