@@ -83,7 +83,8 @@ class Model:
                 CUDA: `cuda`, the default, or `plugin`.
             engines: CUDA: directory written by `knnmoe engines build`; None takes the newest of
                 this bundle in the cache.
-            keys: CUDA: dtype of the memory's keys on the device, `float16` by default.
+            keys: CUDA: dtype of the memory's keys on the device, `float16` by default; with
+                `int8+float16` int8 keys are scanned, and the best scored again in fp16.
             cuda_graph: CUDA: capture decode steps in a CUDA graph, as is the default.
             variant, neighbors, similarity, scale: Replace the memory's own settings.
             threads: Of one operator; None takes the physical cores, or one thread for a model so

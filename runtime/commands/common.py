@@ -26,7 +26,7 @@ BACKENDS = ("auto", "onnx", "numpy", "numpy-float64", "faiss", "faiss-gpu")
 VARIANTS = ("logits", "assignment", "residual")
 DEVICES = ("cpu", "cuda")
 DEVICE_GATES = ("cuda", "plugin")
-KEYS = ("float32", "float16", "int8")
+KEYS = ("float32", "float16", "int8", "int8+float16")
 
 PATH = click.Path(path_type=Path)
 

@@ -40,7 +40,8 @@ class DeviceSettings:
     Attributes:
         gate: In the split layout: `cuda`, our kernels through CuPy; `plugin`, the gate graphs as
             TensorRT engines with the plugin inside.
-        keys: dtype of the resident keys where `gate` is `cuda`; engines have theirs.
+        keys: dtype of the resident keys where `gate` is `cuda`, as `ResidentMemory` takes it;
+            engines have theirs.
         cuda_graph: Capture decode steps in a CUDA graph, where the engines allow it.
     """
 

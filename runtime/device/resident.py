@@ -14,13 +14,17 @@ from ..blend import GateMemory
 from ..engines.base import Array
 from ..errors import SettingError
 from ..gates.onnx import graph_name
+from ..two_stage import quantize_keys
 from .cuda import ALIGNMENT, Cuda
 
+# Of the keys that similarities are computed with; what follows `int8+` is scanned in int8 first.
 KEY_DTYPES: dict[str, type[np.generic]] = {
     "float32": np.float32,
     "float16": np.float16,
     "int8": np.int8,
+    "int8+float16": np.float16,
 }
+TWO_STAGES = "int8+float16"
 SMALLEST_CLASS = 256
 
 
@@ -37,7 +41,7 @@ def size_class(entries: int, limit: int | None = None) -> int:
 def stored_keys(memory: GateMemory, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Keys [N, D] rounded to a dtype, with their scales [N, 2].
 
-    int8: symmetric, one step an entry, which goes into column 0 of the scales.
+    int8 keys take a multiplier each, which goes into column 0 of the scales.
 
     Raises:
         SettingError: If the dtype is unknown.
@@ -47,10 +51,9 @@ def stored_keys(memory: GateMemory, dtype: str) -> tuple[NDArray[Any], NDArray[n
     scales = np.array(memory.key_scales, np.float32)
     if dtype != "int8":
         return memory.keys.astype(KEY_DTYPES[dtype]), scales
-    largest = np.abs(memory.keys).max(axis=1, initial=0.0)
-    steps = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    scales[:, 0] *= steps
-    return np.rint(memory.keys / steps[:, None]).astype(np.int8), scales
+    scan = quantize_keys(memory.keys)
+    scales[:, 0] *= scan.scales[:, 0]
+    return scan.keys, scales
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class ResidentMemory:
     Args:
         cuda: The device.
         memories: One a gate; None for a gate that routes frozen.
-        key_dtype: `float32`, `float16` or `int8`.
+        key_dtype: `float32`, `float16`, `int8`, or `int8+float16`: scanned in int8, and the best
+            scored again in fp16 (two stages).
         half_values: Keep values in fp16.
         limit: The most entries the engines take, if they limit them.
 
@@ -192,6 +196,11 @@ class ResidentMemory:
             "center": ((hidden,), np.float32),
             "calibration": (memory.calibration.vector().shape, np.float32),
         }
+        if self._key_dtype == TWO_STAGES:
+            shapes |= {
+                "scan_keys": ((capacity, hidden), np.int8),
+                "scan_scales": ((capacity, 2), np.float32),
+            }
         places = {}
         offset = getattr(self, "_end", 0)
         for name, (shape, dtype) in shapes.items():
@@ -220,6 +229,9 @@ class ResidentMemory:
                 "center": memory.center,
                 "calibration": memory.calibration.vector(),
             }
+            if self._key_dtype == TWO_STAGES:
+                scan = quantize_keys(memory.keys)
+                content |= {"scan_keys": scan.keys, "scan_scales": scan.scales}
             for name, place in places.items():
                 host = np.zeros(place.shape, place.dtype)
                 host[: len(content[name])] = content[name]

@@ -31,6 +31,7 @@ def resident_blend(
                 keys=arrays["keys"], key_scales=arrays["key_scales"], values=arrays["values"],
                 center=arrays["center"], calibration=arrays["calibration"],
                 n_valid=memory.n_valid, k=memory.k, similarity=memory.similarity,
+                scan_keys=arrays.get("scan_keys"), scan_scales=arrays.get("scan_scales"),
             ),
             max_tokens=max_tokens, max_neighbors=columns, cupy=cuda.cupy,
         )  # fmt: skip

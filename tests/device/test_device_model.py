@@ -157,7 +157,9 @@ def test_traces_are_those_of_the_host(
         np.testing.assert_allclose(one.trace.similarities, other.trace.similarities, atol=1e-5)
 
 
-@pytest.mark.parametrize(("keys", "atol"), [("float16", 0.02), ("int8", 0.3)])
+@pytest.mark.parametrize(
+    ("keys", "atol"), [("float16", 0.02), ("int8", 0.3), ("int8+float16", 0.02)]
+)
 def test_smaller_keys_are_near(
     load: Any, tiny_bundle: Path, tiny_pack: Path, keys: str, atol: float
 ) -> None:

@@ -17,8 +17,8 @@ from knnmoe import __version__
 from knnmoe.runtime.calibration import VARIANTS
 from knnmoe.runtime.cli import LazyGroup, main
 from knnmoe.runtime.commands import common
+from knnmoe.runtime.device.resident import KEY_DTYPES
 from knnmoe.runtime.devices import DEVICES
-from knnmoe.runtime.engines.engine_set import KEYS
 from knnmoe.runtime.gates.select import BACKENDS
 from knnmoe.runtime.host import LAYOUTS
 from knnmoe.runtime.model import Model
@@ -377,7 +377,7 @@ def test_choices_named_twice_agree() -> None:
     assert common.LAYOUTS == LAYOUTS
     assert common.BACKENDS == BACKENDS
     assert common.DEVICES == DEVICES
-    assert common.KEYS == KEYS
+    assert tuple(KEY_DTYPES) == common.KEYS
     assert common.VARIANTS == VARIANTS
 
 
