@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -53,16 +54,19 @@ from gpu_timing import (  # noqa: E402
     measure_ours,
     shapes,
 )
+from gpu_timing import SOURCE as TIMING_SOURCE  # noqa: E402
 
 from knnmoe.runtime.errors import BackendError, KnnMoeError  # noqa: E402
 from knnmoe.trt_plugins.cupy_prototype import NVRTC_OPTIONS, import_cupy  # noqa: E402
 from knnmoe.trt_plugins.library import source_hash  # noqa: E402
 from knnmoe.trt_plugins.plan import SOURCE  # noqa: E402
+from knnmoe.trt_plugins.step_kernels import SOURCE as STEP_SOURCE  # noqa: E402
 
 SECONDS, QUICK_SECONDS = 540.0, 110.0
 LEAST_SECONDS, GRACE_SECONDS = 12.0, 20.0  # of a stage; until it is ended by force
 ROUNDS = 3  # over every number of tokens, key type and similarity
 SUBSET_CASES = 6  # under compute-sanitizer, which slows kernels a hundred times
+KERNEL_NAME = re.compile(r"[(\s](knnmoe_[a-z0-9_]+)[,(]")
 RESULTS = HERE / "results"
 
 Records = dict[str, Any]
@@ -91,11 +95,24 @@ def environment(job: Job) -> Records:
 
 
 def compilation(job: Job) -> Records:
-    """Compile the kernels; later stages find them in CuPy's cache."""
-    start = time.monotonic()
-    module = job.cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)
-    module.get_function("knnmoe_decode_f16_1")
-    return {"compile_seconds": time.monotonic() - start}
+    """Compile all kernels; later stages find them in CuPy's cache."""
+    files: Records = {}
+    for source in (SOURCE, STEP_SOURCE, TIMING_SOURCE):
+        start = time.monotonic()
+        text = source.read_text()
+        options = ("-std=c++17",) if source == TIMING_SOURCE else NVRTC_OPTIONS
+        module = job.cupy.RawModule(code=text, options=options)
+        names = [name for name in dict.fromkeys(KERNEL_NAME.findall(text)) if name in text]
+        kernels = {name: _resources(module.get_function(name)) for name in names}
+        files[source.name] = {"seconds": time.monotonic() - start, "kernels": kernels}
+        job.save({"files": files})
+    return {"files": files}
+
+
+def _resources(kernel: Any) -> Records:
+    """Registers, spilled bytes and static shared memory, as the driver sees them."""
+    names = ("num_regs", "local_size_bytes", "shared_size_bytes", "max_threads_per_block")
+    return {name: getattr(kernel, name, None) for name in names}
 
 
 def bandwidth(job: Job) -> Records:
@@ -176,7 +193,7 @@ class Stage:
 
 STAGES = {
     "environment": Stage(environment, 8),
-    "compile": Stage(compilation, 12),
+    "compile": Stage(compilation, 30),
     "bandwidth": Stage(bandwidth, 2),
     "correctness": Stage(correctness, 22),
     "plugin": Stage(plugin, 14),

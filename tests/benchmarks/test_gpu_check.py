@@ -285,7 +285,10 @@ def python_kernels(cupy: Any) -> Any:
         scales.set(ones)
         scales_i8.set(round_keys(memory, "i8")[1])
 
-    kernels = {"knnmoe_unit_rows": launch_unit_rows, "knnmoe_read": lambda *_: None}
+    kernels: dict[str, Any] = {
+        "knnmoe_unit_rows": launch_unit_rows,
+        "knnmoe_read": lambda *_: None,
+    }
 
     def make(code: str, options: tuple[str, ...]) -> Any:
         if "knnmoe_unit_rows" in code:
@@ -527,6 +530,24 @@ def test_stages_run_in_processes_of_their_own(tmp_path: Path) -> None:
     assert "run_read" in report["stages"]["bandwidth"]["traceback"]  # no stand-in for that kernel
     assert "[absent] cuvs" in done.stdout
     assert "Targets:" in done.stdout
+
+
+def test_every_kernel_is_compiled_and_its_resources_are_kept(device: Any) -> None:
+    job = gpu_check.Job(device, 0, True, time.monotonic(), None, lambda record: None)
+    files = gpu_check.compilation(job)["files"]
+    kernels = [name for file in files.values() for name in file["kernels"]]
+    assert {"knnmoe_decode_f16_1", "knnmoe_step_append", "knnmoe_unit_rows"} <= set(kernels)
+    assert len(kernels) == len(set(kernels))
+
+
+def test_without_nvcc_nothing_is_prepared_and_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "PREPARED", tmp_path / "gpu")
+    assert gpu_check.main(["--prepare"]) == 1
+    assert "nvcc" in capsys.readouterr().err
+    assert not (tmp_path / "gpu").exists()
 
 
 def test_without_tensorrt_its_stage_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
