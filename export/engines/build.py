@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,27 @@ class _Job:
         return f"{self.name}.{extension}"
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What builds, and for which devices; `driver` only for engines of this very one."""
+
+    version: str
+    capabilities: tuple[str, ...]
+    driver: str
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What stays the same whatever the graphs are made of."""
+
+    bundle: Bundle
+    target: _Target
+    plugin: Path | None
+    output: Path | None
+    overwrite: bool
+    progress: Progress
+
+
 def build(
     bundle: Bundle,
     settings: BuildSettings,
@@ -117,53 +137,52 @@ def build(
         OutputError: If the directory cannot be written.
     """
     started = time.perf_counter()
-    shape = bundle.manifest.architecture
-    settings.check(shape)
-    version = _backend_version(settings)
-    capabilities, driver = _target(settings)
-    settings = settings.for_target(capabilities, version)
+    settings.check(bundle.manifest.architecture)
+    target = _target(settings)
     chosen, notes = _choose_plugin(settings, plugin)
     if chosen is None:
         settings = replace(settings, keys="float32")  # the function has no others
-    if settings.experts == "moe":
+    fitting = settings.for_target(target.capabilities, target.version)
+    if fitting.experts == "moe":
         moe = "The experts run in TensorRT's MoE layer; --experts gathered does without."
         notes = (*notes, moe)
-    jobs = _jobs(bundle, settings, with_plugin=chosen is not None)
-    engines = EngineSet(
-        path=Path(),
-        key="",
-        backend=settings.backend,
-        backend_version=version,
-        bundle=bundle_hash(bundle),
-        layout=settings.layout,
-        precision=settings.precision,
-        keys=settings.keys,
-        neighbors=settings.neighbors if chosen is None and _fixes_k(settings) else None,
-        operators=settings.operators,
-        capabilities=capabilities,
-        driver=driver,
-        plugin=None if chosen is None else describe_file(chosen).sha256,
-        limits=settings.limits,
-        phases={},
-        gates={},
-        plugin_layers={},
-        files={},
-        producer={"knnmoe": __version__, "onnx": onnx.__version__, "machine": platform.machine()},
-    )
+    task = _Task(bundle, target, chosen, output, overwrite, progress)
+    try:
+        built = _build_once(task, fitting)
+    except EngineError as error:
+        if settings.experts != "auto" or fitting.experts != "moe":
+            raise
+        # That layer is the newest thing here; what has none of it is known to build.
+        built = _build_once(task, settings)
+        notes = (*notes[:-1], f"TensorRT did not build its MoE layer ({error.found}).")
+    engines, seconds = built
+    if chosen is not None and not any(engines.plugin_layers.values()):
+        notes = (*notes, "TensorRT took the ONNX function and not the plugin.")
+    elapsed = time.perf_counter() - started
+    listed = _listed(engines, seconds or {})
+    return BuildReport(engines, listed, seconds is None, elapsed, notes)
+
+
+def _build_once(
+    task: _Task, settings: BuildSettings
+) -> tuple[EngineSet, Mapping[str, float] | None]:
+    """The engine set, and the seconds that each file took; None where the set was there already."""
+    bundle = task.bundle
+    jobs = _jobs(bundle, settings, with_plugin=task.plugin is not None)
+    engines = _stated(task, settings)
     engines = replace(engines, key=_key(engines, settings, jobs))
-    target = output or cache_folder() / engines.key[:16]
-    there = _already_there(target, bundle, engines.key)
+    place, overwrite = task.output, task.overwrite
+    if place is None:
+        place, overwrite = cache_folder() / engines.key[:16], True
+        place.parent.mkdir(parents=True, exist_ok=True)
+    there = _already_there(place, bundle, engines.key)
     if there is not None:
-        seconds = time.perf_counter() - started
-        return BuildReport(there, _listed(there, {}), True, seconds, notes)
-    if output is None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        overwrite = True
-    check_replaceable(target.absolute(), overwrite=overwrite)
-    with new_directory(target, overwrite=overwrite) as directory:
-        built = _build_jobs(bundle, settings, engines, jobs, chosen, directory, progress)
-        extension = "onnx" if settings.backend == "onnxruntime" else "engine"
-        files = {job.file(extension): job for job in jobs}
+        return there, None
+    check_replaceable(place.absolute(), overwrite=overwrite)
+    extension = "onnx" if settings.backend == "onnxruntime" else "engine"
+    files = {job.file(extension): job for job in jobs}
+    with new_directory(place, overwrite=overwrite) as directory:
+        built = _build_jobs(task, settings, jobs, directory)
         engines = replace(
             engines,
             path=directory,
@@ -180,12 +199,32 @@ def build(
             files={name: describe_file(directory / name) for name in files},
         )
         engines.write()
-    engines = replace(engines, path=target)
-    took = {job.file(extension): built[job.name]["seconds"] for job in jobs}
-    if chosen is not None and not any(engines.plugin_layers.values()):
-        notes = (*notes, "TensorRT took the ONNX function and not the plugin.")
-    elapsed = time.perf_counter() - started
-    return BuildReport(engines, _listed(engines, took), False, elapsed, notes)
+    return replace(engines, path=place), {n: built[job.name]["seconds"] for n, job in files.items()}
+
+
+def _stated(task: _Task, settings: BuildSettings) -> EngineSet:
+    """What is known of a set before it is built."""
+    return EngineSet(
+        path=Path(),
+        key="",
+        backend=settings.backend,
+        backend_version=task.target.version,
+        bundle=bundle_hash(task.bundle),
+        layout=settings.layout,
+        precision=settings.precision,
+        keys=settings.keys,
+        neighbors=settings.neighbors if task.plugin is None and _fixes_k(settings) else None,
+        operators=settings.operators,
+        capabilities=task.target.capabilities,
+        driver=task.target.driver,
+        plugin=None if task.plugin is None else describe_file(task.plugin).sha256,
+        limits=settings.limits,
+        phases={},
+        gates={},
+        plugin_layers={},
+        files={},
+        producer={"knnmoe": __version__, "onnx": onnx.__version__, "machine": platform.machine()},
+    )
 
 
 def _listed(engines: EngineSet, seconds: Mapping[str, float]) -> tuple[BuiltEngine, ...]:
@@ -209,12 +248,12 @@ def _backend_version(settings: BuildSettings) -> str:
     return load_tensorrt(settings.backend).version
 
 
-def _target(settings: BuildSettings) -> tuple[tuple[str, ...], str]:
-    """Compute capabilities, and the driver if the engines are of this very device."""
+def _target(settings: BuildSettings) -> _Target:
+    version = _backend_version(settings)
     if settings.backend == "onnxruntime":
-        return (), ""
+        return _Target(version, (), "")
     if settings.capabilities:
-        return tuple(sorted(set(settings.capabilities), key=int)), ""
+        return _Target(version, tuple(sorted(set(settings.capabilities), key=int)), "")
     driver = ask_driver()
     if not driver.devices:
         ahead = (
@@ -227,7 +266,7 @@ def _target(settings: BuildSettings) -> tuple[tuple[str, ...], str]:
             fix=f"Build on the target.{ahead}",
         )  # fmt: skip
     capability = driver.devices[0].compute_capability.replace(".", "")
-    return (capability,), ".".join(map(str, driver.cuda or ()))
+    return _Target(version, (capability,), ".".join(map(str, driver.cuda or ())))
 
 
 def _choose_plugin(
@@ -339,49 +378,44 @@ def _already_there(target: Path, bundle: Bundle, key: str) -> EngineSet | None:
 
 
 def _build_jobs(
-    bundle: Bundle,
-    settings: BuildSettings,
-    engines: EngineSet,
-    jobs: Sequence[_Job],
-    plugin: Path | None,
-    directory: Path,
-    progress: Progress,
+    task: _Task, settings: BuildSettings, jobs: Sequence[_Job], directory: Path
 ) -> dict[str, dict[str, Any]]:
     """Write the engine of every job into the directory; what was built, by job."""
     if settings.backend == "onnxruntime":
         for job in jobs:
             (directory / job.file("onnx")).write_bytes(job.graph.content)
         return {job.name: {"plugin_layers": 0, "seconds": 0.0} for job in jobs}
-    with ExitStack() as stack:
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="knnmoe-")))
-        task: dict[str, Any] = {
-            "backend": settings.backend,
-            "plugin": None if plugin is None else str(plugin.absolute()),
-            "capabilities": settings.capabilities,
-            "workspace": settings.workspace,
-            "timing_cache": _timing_cache(engines),
-            "jobs": [],
-        }
+    with tempfile.TemporaryDirectory(prefix="knnmoe-") as name:
+        temporary = Path(name)
+        listed = []
         for job in jobs:
             graph = temporary / job.file("onnx")
             graph.write_bytes(job.graph.content)
-            task["jobs"].append({
+            listed.append({
                 "name": job.name,
                 "graph": str(graph),
-                "beside": str(bundle.path.absolute() / "segments" / "graph.onnx"),
+                "beside": str(task.bundle.path.absolute() / "segments" / "graph.onnx"),
                 "output": str(directory.absolute() / job.file("engine")),
                 "profile": profile(job.graph.inputs, job.ranges),
             })  # fmt: skip
+        content = {
+            "backend": settings.backend,
+            "plugin": None if task.plugin is None else str(task.plugin.absolute()),
+            "capabilities": settings.capabilities,
+            "workspace": settings.workspace,
+            "timing_cache": _timing_cache(settings, task.target),
+            "jobs": listed,
+        }
         file = temporary / "jobs.json"
-        file.write_text(json.dumps(task))
-        return _run_worker(file, settings, temporary, progress)
+        file.write_text(json.dumps(content))
+        return _run_worker(file, settings, temporary, task.progress)
 
 
-def _timing_cache(engines: EngineSet) -> str | None:
+def _timing_cache(settings: BuildSettings, target: _Target) -> str | None:
     """Where the builder's timings are kept; building ahead measures nothing."""
-    if engines.backend != "tensorrt":
+    if settings.backend != "tensorrt":
         return None
-    name = f"tensorrt-{engines.backend_version}-sm{engines.capabilities[0]}-{engines.driver}.cache"
+    name = f"tensorrt-{target.version}-sm{target.capabilities[0]}-{target.driver}.cache"
     return str(cache_folder() / "timing" / name)
 
 

@@ -14,7 +14,7 @@ from knnmoe.export.engines import build as building
 from knnmoe.export.engines import cli
 from knnmoe.export.engines.settings import EXPERTS, BuildSettings, limits_for
 from knnmoe.runtime.bundle import Bundle
-from knnmoe.runtime.errors import SettingError
+from knnmoe.runtime.errors import EngineError, SettingError
 
 TENSORRT = BuildSettings("tensorrt")
 PHASES = ("decode", "prefill")
@@ -80,18 +80,28 @@ def built(tiny_bundle, tmp_path, monkeypatch):
     bundle = Bundle.open(tiny_bundle)
     limits = limits_for(bundle.manifest.architecture)
     operators: dict[str, set[str]] = {}
+    refused: set[str] = set()
 
-    def write(_bundle: Any, _settings: Any, _engines: Any, jobs: Any, _plugin: Any,
-              directory: Path, _progress: Any) -> dict[str, dict[str, Any]]:  # fmt: skip
+    def write(_task: Any, _settings: Any, jobs: Any, directory: Path) -> Any:
+        found = {
+            job.name: {
+                node.op_type for node in onnx.load_model_from_string(job.graph.content).graph.node
+            }
+            for job in jobs
+        }
+        if "TRT_MoE" in set().union(*found.values()) & refused:
+            raise EngineError("tensorrt: decode-01", "cannot build", found="no such kernel")
+        operators.update(found)
         for job in jobs:
-            graph = onnx.load_model_from_string(job.graph.content).graph
-            operators[job.name] = {node.op_type for node in graph.node}
             (directory / job.file("engine")).write_bytes(b"engine")
         return {job.name: {"plugin_layers": 0, "seconds": 0.0} for job in jobs}
 
-    def build(capability: str, **changes: Any) -> tuple[dict[str, set[str]], str]:
-        monkeypatch.setattr(building, "_backend_version", lambda _: "11.1.0")
-        monkeypatch.setattr(building, "_target", lambda _: ((capability,), "13.0"))
+    def build(
+        capability: str, *, refuses: str = "", **changes: Any
+    ) -> tuple[dict[str, set[str]], str]:
+        refused.add(refuses)
+        target = building._Target("11.1.0", (capability,), "13.0")
+        monkeypatch.setattr(building, "_target", lambda _: target)
         monkeypatch.setattr(building, "_build_jobs", write)
         settings = replace(TENSORRT, plugin="none", limits=limits, **changes)
         report = building.build(bundle, settings, output=tmp_path / capability)
@@ -105,6 +115,15 @@ def test_engines_for_thor_have_the_layer_in_both_phases(built):
     assert "--experts gathered does without" in notes
     with_it = {name for name, kinds in operators.items() if "TRT_MoE" in kinds}
     assert with_it == {f"{phase}-{index:02d}" for phase in PHASES for index in (1, 2, 3)}
+
+
+def test_where_tensorrt_does_not_build_the_layer_engines_do_without(built):
+    operators, notes = built("100", refuses="TRT_MoE")
+    assert "did not build its MoE layer (no such kernel)" in notes
+    assert len(operators) == 8
+    assert not any("TRT_MoE" in kinds for kinds in operators.values())
+    with pytest.raises(EngineError, match="cannot build"):
+        built("103", refuses="TRT_MoE", experts="moe")
 
 
 def test_engines_for_other_devices_do_without(built, tmp_path):
