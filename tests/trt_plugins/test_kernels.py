@@ -249,6 +249,11 @@ def test_no_finite_input_gives_anything_but_finite_output(
     if similarity == "cosine" and size >= 1e18:  # the direction is all that counts
         far = blend(stored, (sign * 1e10).astype(np.float32), r, state, lengths)
         np.testing.assert_allclose(got.rows, far.rows, atol=1e-4)
+    if key_type != "i8":
+        again = in_two_stages(stored, 40)
+        got = blend(again, (sign * size).astype(np.float32), r, state, lengths)
+        assert np.isfinite(got.rows).all()
+        assert ((got.neighbors >= 0) & (got.neighbors < 50)).all()
 
 
 @pytest.mark.parametrize("key_type", ["f16", "i8"])
