@@ -42,41 +42,48 @@ Load = Callable[..., Setup]
 def engine_sets(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Callable[..., Path]:
     """Engine sets of the tiny bundle by options, built once each."""
     pytest.importorskip("onnx_ir")
+    import onnx
+
     from knnmoe.export.engines.build import build
     from knnmoe.export.engines.settings import BuildSettings, dimension_ranges, profile
+    from knnmoe.export.std import StdModel, StdOptions
     from knnmoe.runtime.bundle import TensorSpec
+
+    def _shape(value: Any) -> tuple[int | str, ...]:
+        return tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
 
     made: dict[Any, Path] = {}
 
-    def make(**options: Any) -> Path:
-        key = tuple(sorted(options.items()))
+    def make(*, gates: bool = False, **options: Any) -> Path:
+        key = (gates, *sorted(options.items()))
         if key in made:
             return made[key]
         bundle = Bundle.open(tiny_bundle)
         folder = tmp_path_factory.mktemp("engines") / "set"
         settings = BuildSettings(backend="onnxruntime", limits=LIMITS, **options)
         engines = build(bundle, settings, output=folder).engine_set
+        model = StdModel.of(bundle, StdOptions())
+        more = {f"gate-{name}.onnx": name for name in bundle.manifest.gates if gates}
+        for file, name in more.items():
+            (folder / file).write_bytes(model.gate(name).content)
         files = {}
-        for file in list(engines.files):
+        for file in (*engines.files, *more):
             graph = (folder / file).read_bytes()
-            import onnxruntime as ort
-
-            session_options = ort.SessionOptions()
-            session_options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path",
-                str(tiny_bundle / "segments"),
-            )
-            session = ort.InferenceSession(graph, session_options)
-            specs = tuple(TensorSpec(i.name, i.type, tuple(i.shape)) for i in session.get_inputs())
+            inputs = onnx.load_model_from_string(graph).graph.input
+            specs = tuple(TensorSpec(i.name, "", _shape(i)) for i in inputs)
             phase = "decode" if file.startswith("decode") else "prefill"
             content = engine_file(
                 graph,
                 weights=tiny_bundle / "segments",
                 profile=profile(specs, dimension_ranges(LIMITS, phase)),
-                neighbors=8,
+                neighbors=64 if file in more else 8,
             )
             (folder / file).write_bytes(content)
             files[file] = describe_file(folder / file)
+        if gates:  # as if the plugin were inside; the function stands for it
+            engines = replace(
+                engines, gates={name: file for file, name in more.items()}, plugin="0" * 64
+            )
         replace(engines, backend="tensorrt", backend_version="10.9", files=files).write()
         made[key] = folder
         return folder

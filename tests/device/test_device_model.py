@@ -62,6 +62,21 @@ def test_every_variant(
     np.testing.assert_allclose(load(memory=pack).model.logits(IDS), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("variant", ["residual", "assignment"])
+def test_gates_that_are_engines(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, variant: Any
+) -> None:
+    pack = MemoryPack.open(tiny_pack).with_settings(variant=variant)
+    settings = DeviceSettings(gate="plugin")
+    device = load(memory=pack, gates=True, keys="float32", settings=settings).model
+    expected = host(tiny_bundle, pack)
+    np.testing.assert_allclose(device.logits(IDS), expected.logits(IDS), atol=2e-4)
+    texts = [m.generate(IDS[:9], **GREEDY).token_ids for m in (device, expected)]
+    assert texts[0] == texts[1]
+    device.disable_memory()
+    np.testing.assert_allclose(device.logits(IDS), host(tiny_bundle).logits(IDS), atol=2e-4)
+
+
 def test_ragged_batches_and_chunks(load: Any, tiny_bundle: Path, tiny_pack: Path) -> None:
     found = []
     lengths = np.array([5, 9, 2])
