@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-
-sys.path.append(str(Path(__file__).parents[1] / "trt_plugins"))
-
 from plugin_library import built_plugin
 
 from knnmoe.runtime.cli import main

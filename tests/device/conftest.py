@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "trt_plugins"))
-
 from fake_cupy import fake_cupy
 
 from fake_tensorrt import engine_file, fake_tensorrt
