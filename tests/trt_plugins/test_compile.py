@@ -39,6 +39,15 @@ def check(architecture: str, usages: list[KernelUsage]) -> None:
         assert granted * THREADS[warps] * int(blocks) <= REGISTERS_OF_AN_SM, usage
 
 
+def test_kernels_of_the_two_stage_search_ask_for_as_many_blocks_as_an_exact_scan() -> None:
+    """`check` then holds their registers to that: scoring again costs the scan no residence."""
+    blocks = {name.removeprefix("knnmoe_"): int(number) for name, _, number in KERNELS}
+    for key_type in ("f32", "f16"):
+        assert blocks[f"decode_two_stage_{key_type}"] == blocks["decode_i8_1"] == 3
+        assert blocks[f"decode_rescore_{key_type}"] == 2
+        assert blocks[f"prefill_rescore_{key_type}"] == 2
+
+
 def test_kernels_compile_without_spilling(tmp_path: Path) -> None:
     cubin = tmp_path / "knn_blend.cubin"
     check("90", compile_kernels("90", cubin))

@@ -89,6 +89,22 @@ def test_hidden_sizes_of_real_models(key_type: KeyType, hidden: int, tokens: int
 
 
 @pytest.mark.parametrize("two_stage", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_lists_of_hundreds_of_blocks_are_merged(tokens: int, two_stage: bool) -> None:
+    """As on a large GPU: each warp of a team merges several times 32 blocks' lists."""
+    memory = random_memory(13, entries=9600, hidden_size=8, k=40, calibration=random_calibration(1))
+    stored = store(memory, "f16", True)
+    rng = np.random.default_rng(tokens)
+    case = Case(
+        in_two_stages(stored, 64) if two_stage else stored,
+        rng.normal(size=(tokens, 8)).astype(np.float32),
+        rng.normal(size=(tokens, EXPERTS)).astype(np.float32),
+        np.zeros((1, 2), np.float32), np.array([tokens]), {"device": Device(132, 99 * 1024)},
+    )  # fmt: skip
+    check(case, case.run())
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 16, 33])
 def test_the_order_in_which_threads_run_changes_no_bit(
