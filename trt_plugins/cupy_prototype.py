@@ -26,10 +26,12 @@ from .plan import (
     KeyType,
     Problem,
     make_plan,
+    sources_hash,
 )
 
 Array = Any  # cupy.ndarray, or whatever `CupyBlend.array` makes one of
-NVRTC_OPTIONS = ("-std=c++17", f"-I{KERNELS}")
+# CuPy keeps what it compiles by the source it is given and these options, and not by the headers.
+NVRTC_OPTIONS = ("-std=c++17", f"-I{KERNELS}", f"-DKNNMOE_SOURCES={sources_hash()}")
 
 
 def import_cupy() -> Any:
@@ -102,6 +104,8 @@ class CupyBlend:
         memory: What to search; copied to the device once where it is not there yet.
         max_tokens: The most tokens of a call; sizes the scratch memory, allocated once.
         max_neighbors: The most K may become later; K itself if not given.
+        beside: Another blend on the same stream, whose compiled kernels and, if there is enough of
+            it, scratch memory are used: calls on one stream run one after another.
         cupy: The CuPy module; imported if not given.
 
     Raises:
@@ -115,6 +119,7 @@ class CupyBlend:
         *,
         max_tokens: int,
         max_neighbors: int | None = None,
+        beside: CupyBlend | None = None,
         cupy: Any = None,
     ) -> None:
         self._cupy = import_cupy() if cupy is None else cupy
@@ -158,12 +163,15 @@ class CupyBlend:
             self.key_type, 1, 1, hidden, self.values.shape[1], columns, entries, candidates
         )
         self.max_tokens = max_tokens
-        self.workspace = self._cupy.empty(
-            max(self._plan(tokens, 1).workspace_bytes for tokens in range(1, max_tokens + 1)),
-            np.uint8,
-        )
+        needed = max(self._plan(tokens, 1).workspace_bytes for tokens in range(1, max_tokens + 1))
+        shared = beside is not None and beside.workspace.nbytes >= needed
+        self.workspace = beside.workspace if shared else self._cupy.empty(needed, np.uint8)
         self.ticket = self._cupy.zeros(1, np.uint32)
-        self._module = self._cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)
+        self._module = (
+            self._cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)
+            if beside is None
+            else beside._module
+        )
 
     def array(self, source: Any, dtype: Any) -> Array:
         """The source as an array on the device, contiguous; without a copy where it is one."""

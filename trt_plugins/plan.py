@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +15,15 @@ KEY_DTYPES: dict[KeyType, type[np.generic]] = {"f32": np.float32, "f16": np.floa
 
 KERNELS = Path(__file__).parent / "kernels"
 SOURCE = KERNELS / "knn_blend.cu"
+
+
+def sources_hash() -> str:
+    """Of all kernel sources: what was compiled of them is of this state of them."""
+    digest = hashlib.sha256()
+    for file in sorted(KERNELS.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
 
 # As in params.cuh.
 MAX_NEIGHBORS = 64

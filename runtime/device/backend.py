@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from knnmoe.trt_plugins import library
+from knnmoe.trt_plugins.cupy_prototype import CupyBlend
 from knnmoe.trt_plugins.plan import MAX_NEIGHBORS
 from knnmoe.trt_plugins.step_kernels import StepKernels
 
@@ -172,11 +173,21 @@ class DeviceBackend:
         return FusedWiring(shape, room, engines[0], inputs, columns, zeros)
 
     def _gates(self, resident: ResidentMemory) -> tuple[Gate, ...]:
-        return tuple(
-            self._gate(gate, memory, resident) for gate, memory in enumerate(resident.memories)
-        )
+        gates: list[Gate] = []
+        beside: CupyBlend | None = None
+        for index, memory in enumerate(resident.memories):
+            gate = self._gate(index, memory, resident, beside)
+            beside = getattr(gate, "blend", None) or beside
+            gates.append(gate)
+        return tuple(gates)
 
-    def _gate(self, gate: int, memory: GateMemory | None, resident: ResidentMemory) -> Gate:
+    def _gate(
+        self,
+        gate: int,
+        memory: GateMemory | None,
+        resident: ResidentMemory,
+        beside: CupyBlend | None,
+    ) -> Gate:
         rule = self._bundle.manifest.routing
         if self._settings.gate == "plugin":
             name = graph_name(memory)
@@ -195,7 +206,12 @@ class DeviceBackend:
             return CudaGate(self._cuda, self._kernels, rule)
         columns = resident.columns(gate)
         blend = resident_blend(
-            self._cuda, memory, resident.arrays(gate), columns=columns, max_tokens=self._most_tokens
+            self._cuda,
+            memory,
+            resident.arrays(gate),
+            columns=columns,
+            max_tokens=self._most_tokens,
+            beside=beside,
         )
         return CudaGate(self._cuda, self._kernels, rule, blend, memory.rule_first, columns)
 

@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 
 
 def resident_blend(
-    cuda: Cuda, memory: GateMemory, arrays: Mapping[str, Array], *, columns: int, max_tokens: int
+    cuda: Cuda,
+    memory: GateMemory,
+    arrays: Mapping[str, Array],
+    *,
+    columns: int,
+    max_tokens: int,
+    beside: CupyBlend | None = None,
 ) -> CupyBlend:
-    """The blend over a memory that is on the device already; nothing of it is copied."""
+    """The blend over a memory that is on the device already; nothing of it is copied.
+
+    `beside` is the blend of another gate, to share compiled kernels and scratch memory with.
+    """
     with cuda.current():
         blend = CupyBlend(
             MemoryArrays(
@@ -33,7 +42,7 @@ def resident_blend(
                 n_valid=memory.n_valid, k=memory.k, similarity=memory.similarity,
                 scan_keys=arrays.get("scan_keys"), scan_scales=arrays.get("scan_scales"),
             ),
-            max_tokens=max_tokens, max_neighbors=columns, cupy=cuda.cupy,
+            max_tokens=max_tokens, max_neighbors=columns, beside=beside, cupy=cuda.cupy,
         )  # fmt: skip
     # The numbers too are those of the resident block, so that a swap changes them.
     blend.n_valid, blend.k = arrays["n_valid"], arrays["k"]

@@ -189,3 +189,11 @@ def test_more_caches_than_a_launch_takes(
     monkeypatch.setattr("knnmoe.runtime.device.append.MOST_CACHES", 4)  # of the 6 of three layers
     device = load(layout="fused").model
     np.testing.assert_allclose(device.logits(IDS), host(tiny_bundle).logits(IDS), atol=2e-4)
+
+
+def test_gates_share_kernels_and_scratch_memory(load: Any, tiny_pack: Path) -> None:
+    layout = load(memory=tiny_pack).model.pipeline.layout
+    blends = [gate.blend for gate in layout._decode.gates]
+    assert len({id(blend.workspace) for blend in blends}) == 1
+    assert len({id(blend._module) for blend in blends}) == 1
+    assert len({blend.ticket.data.ptr for blend in blends}) == len(blends)
