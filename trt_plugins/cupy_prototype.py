@@ -164,14 +164,13 @@ class CupyBlend:
         )
         self.max_tokens = max_tokens
         needed = max(self._plan(tokens, 1).workspace_bytes for tokens in range(1, max_tokens + 1))
-        shared = beside is not None and beside.workspace.nbytes >= needed
-        self.workspace = beside.workspace if shared else self._cupy.empty(needed, np.uint8)
+        self.workspace: Array = None if beside is None else beside.workspace
+        if self.workspace is None or self.workspace.nbytes < needed:
+            self.workspace = self._cupy.empty(needed, np.uint8)
         self.ticket = self._cupy.zeros(1, np.uint32)
-        self._module = (
-            self._cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)
-            if beside is None
-            else beside._module
-        )
+        self._module: Any = None if beside is None else beside._module
+        if self._module is None:
+            self._module = self._cupy.RawModule(code=SOURCE.read_text(), options=NVRTC_OPTIONS)
 
     def array(self, source: Any, dtype: Any) -> Array:
         """The source as an array on the device, contiguous; without a copy where it is one."""
