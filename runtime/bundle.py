@@ -28,6 +28,7 @@ PRECISIONS = ("fp32",)
 FROZEN = "frozen"
 GATE_GRAPHS = (FROZEN, "cosine", "rbf", "cosine-assignment", "rbf-assignment")
 TOKENIZER = "tokenizer.json"
+SELECTION_BIAS = "gates/selection_bias.safetensors"  # see selection_bias.py
 
 EXPORT_AGAIN = "Export the checkpoint again with `knnmoe-export`, or copy the bundle again."
 KIND = ManifestKind(
@@ -117,7 +118,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""
-        return {"schema": SCHEMA, **asdict(self)}
+        return {"schema": SCHEMA, **asdict(self), "routing": self.routing.to_json()}
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,8 @@ def _check_whole(top: Fields, manifest: Manifest) -> None:
             raise top.wrong(f"gates.{name}", "missing", expected="a gate graph")
     if TOKENIZER not in manifest.files:
         raise top.wrong("files", f"{TOKENIZER} is missing")
+    if manifest.routing.selection_bias and SELECTION_BIAS not in manifest.files:
+        raise top.wrong("files", f"{SELECTION_BIAS} is missing")
 
 
 def _model_shape(entry: Fields) -> ModelShape:
@@ -254,14 +257,27 @@ def _model_shape(entry: Fields) -> ModelShape:
 
 
 def _routing(entry: Fields, shape: ModelShape) -> RoutingRule:
-    entry.only("score", "top_k", "renormalize", "scale")
+    entry.only(
+        "score", "top_k", "renormalize", "scale",
+        optional=("groups", "top_groups", "group_score", "selection_bias"),
+    )  # fmt: skip
+    stated: dict[str, Any] = {}
+    for name in ("groups", "top_groups"):
+        if name in entry.names:
+            stated[name] = entry.integer(name, 1, shape.num_experts)
+    if "group_score" in entry.names:
+        stated["group_score"] = entry.text("group_score")
+    if "selection_bias" in entry.names:
+        stated["selection_bias"] = entry.boolean("selection_bias")
     try:
-        return RoutingRule(
+        rule = RoutingRule(
             top_k=entry.integer("top_k", 1, shape.num_experts),
             score=entry.text("score"),
             renormalize=entry.boolean("renormalize"),
             scale=entry.number("scale"),
+            **stated,
         )
+        rule.check_experts(shape.num_experts)
     except SettingError as error:
         raise BundleError(
             f"{entry.where}.{error.where.removeprefix('routing.')}",
@@ -270,6 +286,7 @@ def _routing(entry: Fields, shape: ModelShape) -> RoutingRule:
             found=error.found,
             fix="Use the version of knnmoe that wrote the bundle.",
         ) from error
+    return rule
 
 
 def _gate(entry: Fields, files: Mapping[str, FileSpec]) -> GraphSpec:

@@ -12,6 +12,7 @@ from .errors import BackendError
 from .gates.onnx import graph_name
 from .gates.select import Backend, EngineOf, make_gate
 from .layouts import FusedWiring, HostLayout, Layout, SplitWiring
+from .selection_bias import read_selection_biases
 
 LayoutName = Literal["split", "fused"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
@@ -58,6 +59,7 @@ class HostBackend:
         self.layout_name = layout
         self._bundle, self._gate = bundle, gate
         self._threads = threads if threads is not None else _sensible_threads(bundle)
+        self._selection_biases = read_selection_biases(bundle)
         self._engines: dict[str, OrtEngine] = {}
         segments = bundle.manifest.segments
         files = [fused_spec(bundle).file] if layout == "fused" else [s.file for s in segments]
@@ -69,7 +71,8 @@ class HostBackend:
         shape, room = manifest.architecture, manifest.experts_per_token
         if self.layout_name == "fused":
             ready = tuple(fused_memory(self._bundle, memory) for memory in memories)
-            return HostLayout(FusedWiring.over(shape, room, self._segments[0], ready))
+            biases = self._selection_biases
+            return HostLayout(FusedWiring.over(shape, room, self._segments[0], ready, biases))
         engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731
         wiring = SplitWiring(
             architecture=shape,
@@ -77,7 +80,8 @@ class HostBackend:
             segments=self._segments,
             layers=tuple(segment.layers for segment in manifest.segments),
             gates=tuple(
-                make_gate(self._gate, memory, manifest.routing, room, engine) for memory in memories
+                make_gate(self._gate, memory, manifest.routing, room, engine, bias)
+                for memory, bias in zip(memories, self._selection_biases, strict=True)
             ),
         )
         return HostLayout(wiring)

@@ -321,7 +321,7 @@ class FusedWiring:
     architecture: ModelShape
     experts_per_token: int
     engine: Engine
-    memory_inputs: Mapping[str, Array]
+    memory_inputs: Mapping[str, Array]  # and the gates' selection biases, where they have any
     neighbors: tuple[int, ...]  # K' of each gate
     zeros: Zeros = np.zeros
 
@@ -331,9 +331,10 @@ class FusedWiring:
         experts_per_token: int,
         engine: Engine,
         memories: tuple[GateMemory, ...],
+        selection_biases: Sequence[Array | None] = (),
     ) -> FusedWiring:
         """The fused graph over one memory a gate; a frozen gate has an empty one."""
-        inputs: dict[str, Array] = {}
+        inputs = bias_inputs(selection_biases)
         for gate, memory in enumerate(memories):
             inputs |= memory_inputs(memory, f"_{gate}")
         neighbors = tuple(min(memory.k, len(memory.keys)) for memory in memories)
@@ -356,6 +357,12 @@ class FusedWiring:
                 records.append(record)
         run = self.engine.bind(inputs, outputs)
         return Parts(("fused",), (run,), tuple(records))
+
+
+def bias_inputs(selection_biases: Sequence[Array | None]) -> dict[str, Array]:
+    """The selection biases [E] of the gates as inputs of the fused graph, where there are any."""
+    biases = enumerate(selection_biases)
+    return {f"selection_bias_{gate}": bias for gate, bias in biases if bias is not None}
 
 
 def _past(cache: Cache, layers: tuple[int, ...] | range) -> dict[str, Array]:

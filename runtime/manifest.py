@@ -132,13 +132,13 @@ class Fields:
             f"{self.where}: {name}", problem, expected=expected, found=shown, fix=self.fix
         )
 
-    def only(self, *names: str) -> None:
-        """Raise unless the object has exactly these fields."""
+    def only(self, *names: str, optional: Sequence[str] = ()) -> None:
+        """Raise unless the object has exactly these fields, and perhaps the optional ones."""
         for name in names:
             if name not in self.content:
                 raise self.wrong(name, "missing")
         for name in self.content:
-            if name not in names:
+            if name not in names and name not in optional:
                 raise self.wrong(name[:100], "unknown field")
 
     def has(self, name: str) -> bool:

@@ -199,19 +199,25 @@ class MemoryPack:
             gates=tuple(replace(gate, calibration=numbers(gate)) for gate in self.gates),
         )
 
-    def gate_memory(self, gate: PackGate, rule: RoutingRule) -> GateMemory:
+    def gate_memory(
+        self,
+        gate: PackGate,
+        rule: RoutingRule,
+        selection_bias: NDArray[np.float32] | None = None,
+    ) -> GateMemory:
         """One gate's memory as the blend takes it.
 
         Args:
             gate: One of `self.gates`.
             rule: The model's; the `assignment` variant applies it to the learned logits.
+            selection_bias: [E], of this gate, where the rule has one.
         """
         entries = self.read(gate)
         keys, scales = prepare_keys(entries.keys, entries.center, self.similarity)
         return GateMemory(
             keys=keys,
             key_scales=scales,
-            values=_values(entries, self.variant, rule),
+            values=_values(entries, self.variant, rule, selection_bias),
             n_valid=gate.entries,
             k=self.neighbors,
             center=entries.center,
@@ -233,12 +239,17 @@ def prepare_keys(
     return np.ascontiguousarray(prepared, dtype=np.float32), scales
 
 
-def _values(entries: GateEntries, variant: Variant, rule: RoutingRule) -> NDArray[np.float32]:
+def _values(
+    entries: GateEntries,
+    variant: Variant,
+    rule: RoutingRule,
+    selection_bias: NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
     residuals = entries.residuals.astype(np.float32)
     if variant == "residual":
         return residuals
     learned = entries.router_logits.astype(np.float32) + residuals
-    return learned if variant == "logits" else rule.assignments(learned)
+    return learned if variant == "logits" else rule.assignments(learned, selection_bias)
 
 
 def write_pack(

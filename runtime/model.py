@@ -22,6 +22,7 @@ from .memory import MemoryPack, ModelIdentity
 from .pipeline import Pipeline
 from .routing import RoutingRule
 from .sampling import GenerationConfig
+from .selection_bias import read_selection_biases
 from .tokenizer import Tokenizer
 
 
@@ -51,6 +52,7 @@ class Model:
         self.generation_config = _generation_config(bundle)
         self.memory: MemoryPack | None = None
         self._backend = backend
+        self._selection_biases = read_selection_biases(bundle)
         self.pipeline = Pipeline(self._layout(None))
 
     @staticmethod
@@ -228,10 +230,8 @@ class Model:
     def _layout(self, memory: MemoryPack | None) -> Layout:
         if memory is not None:
             memory.check_belongs_to(self.identity)
-        manifest = self.bundle.manifest
-        return self._backend.layout(
-            _memories(memory, manifest.routing, manifest.architecture.num_gates)
-        )
+        rule = self.bundle.manifest.routing
+        return self._backend.layout(_memories(memory, rule, self._selection_biases))
 
 
 def _generation_config(bundle: Bundle) -> GenerationConfig:
@@ -254,11 +254,13 @@ def _with_scale(pack: MemoryPack, scale: float) -> MemoryPack:
 
 
 def _memories(
-    pack: MemoryPack | None, rule: RoutingRule, num_gates: int
+    pack: MemoryPack | None,
+    rule: RoutingRule,
+    biases: Sequence[NDArray[np.float32] | None],
 ) -> tuple[GateMemory | None, ...]:
     """One memory a gate; None for gates the pack does not cover."""
     covered = {gate.gate: gate for gate in pack.gates} if pack else {}
     return tuple(
-        pack.gate_memory(covered[gate], rule) if pack and gate in covered else None
-        for gate in range(num_gates)
+        pack.gate_memory(covered[gate], rule, bias) if pack and gate in covered else None
+        for gate, bias in enumerate(biases)
     )

@@ -75,13 +75,16 @@ def pad_experts(
 ) -> tuple[NDArray[np.int32], NDArray[Any]]:
     """Widen a rule's selection [T, k] to `count` experts with further ids of weight 0.
 
-    The further ids are the next best of `rows` [T, E], so that a token never names an expert twice.
+    The further ids are the next best of `rows` [T, E], logits or whatever else experts are ranked
+    by, so that a token never names an expert twice.
     """
     missing = count - ids.shape[1]
     if missing <= 0:
         return ids, weights
-    rest = rows.astype(np.float64)
-    np.put_along_axis(rest, ids.astype(np.int64), -np.inf, axis=1)
-    more = np.argsort(-rest, axis=1, kind="stable")[:, :missing].astype(np.int32)
+    chosen = np.zeros(rows.shape, bool)
+    np.put_along_axis(chosen, ids.astype(np.int64), True, axis=1)
+    # By rank among those not chosen; rows may be -inf, so the chosen are not marked by a number.
+    order = np.lexsort((-rows.astype(np.float64), chosen), axis=1)
+    more = order[:, :missing].astype(np.int32)
     zeros = np.zeros((len(ids), missing), weights.dtype)
     return np.concatenate([ids, more], axis=1), np.concatenate([weights, zeros], axis=1)

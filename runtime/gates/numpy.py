@@ -25,12 +25,14 @@ class NumpyGate:
         experts_per_token: k of the seam.
         memory: None routes by the frozen router.
         dtype: Arithmetic; float64 is the oracle of the tests.
+        selection_bias: [E], of this gate, where the rule has one.
     """
 
     rule: RoutingRule
     experts_per_token: int
     memory: GateMemory | None = None
     dtype: type[np.floating[Any]] = np.float32
+    selection_bias: NDArray[np.float32] | None = None
 
     backend = "numpy"
 
@@ -45,20 +47,18 @@ class NumpyGate:
         def run() -> None:
             rows = buffers.router_logits.astype(self.dtype, copy=False)
             if self.memory is None:
-                ids, weights = self.rule.apply(rows)
+                ids, weights = self._apply(rows)
                 np.copyto(buffers.state_out, buffers.state)
             else:
                 if self.memory.rule_first:
-                    rows = self.rule.assignments(rows)
+                    rows = self.rule.assignments(rows, self.selection_bias)
                 blended = self.blend(self.memory, rows, buffers)
                 ids, weights = self._select(blended.rows)
-                rows = blended.rows
                 np.copyto(buffers.state_out, blended.state, casting="same_kind")
                 if trace is not None:
                     np.copyto(trace.confidence, blended.confidence, casting="same_kind")
                     np.copyto(trace.neighbors, blended.neighbors)
                     np.copyto(trace.similarities, blended.similarities, casting="same_kind")
-            ids, weights = pad_experts(ids, weights, rows, self.experts_per_token)
             np.copyto(buffers.expert_ids, ids)
             np.copyto(buffers.expert_weights, weights, casting="same_kind")
 
@@ -94,4 +94,12 @@ class NumpyGate:
     def _select(self, blended: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]]:
         if self.memory is not None and self.memory.rule_first:
             return select_assignments(blended, self.experts_per_token)
-        return self.rule.apply(blended)
+        return self._apply(blended)
+
+    def _apply(self, logits: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]]:
+        """The rule over logits [T, E], as wide as the seam."""
+        ids, weights = self.rule.apply(logits, self.selection_bias)
+        if self.experts_per_token == self.rule.top_k:
+            return ids, weights
+        ranking = self.rule.ranking(logits, self.selection_bias)
+        return pad_experts(ids, weights, ranking, self.experts_per_token)

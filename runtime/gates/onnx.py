@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blend import GateMemory
-from ..engines.base import Engine, Run
+from ..engines.base import Array, Engine, Run
 from .base import GateBuffers, GateTrace
 
 FROZEN = "frozen"
@@ -48,20 +48,25 @@ class OnnxGate:
         engine: The engine of `graph_name(memory)`; gates with the same graph share it.
         inputs: `memory_inputs` of the memory, empty without one.
         neighbors: min(K, N), 0 without a memory.
+        selection_bias: [E], of this gate, where the routing rule has one.
     """
 
     engine: Engine
     inputs: Mapping[str, NDArray[Any]]
     neighbors: int
+    selection_bias: Array | None = None
 
     backend = "onnx"
 
     @staticmethod
-    def over(engine: Engine, memory: GateMemory | None) -> OnnxGate:
+    def over(
+        engine: Engine, memory: GateMemory | None, selection_bias: Array | None = None
+    ) -> OnnxGate:
         """The gate of one memory, or the frozen router's."""
         if memory is None:
-            return OnnxGate(engine, {}, 0)
-        return OnnxGate(engine, memory_inputs(memory), min(memory.k, len(memory.keys)))
+            return OnnxGate(engine, {}, 0, selection_bias)
+        neighbors = min(memory.k, len(memory.keys))
+        return OnnxGate(engine, memory_inputs(memory), neighbors, selection_bias)
 
     def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
         """See `Gate.bind`."""
@@ -69,6 +74,8 @@ class OnnxGate:
             "router_input": buffers.router_input,
             "router_logits": buffers.router_logits,
         }
+        if self.selection_bias is not None:
+            inputs["selection_bias"] = self.selection_bias
         outputs: dict[str, NDArray[Any]] = {
             "expert_ids": buffers.expert_ids,
             "expert_weights": buffers.expert_weights,

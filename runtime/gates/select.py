@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..blend import GateMemory
 from ..engines.base import Engine
@@ -29,6 +30,7 @@ def make_gate(
     rule: RoutingRule,
     experts_per_token: int,
     engine_of: EngineOf,
+    selection_bias: NDArray[np.float32] | None = None,
 ) -> Gate:
     """One gate on the backend asked for.
 
@@ -36,6 +38,7 @@ def make_gate(
         backend: A name, or `auto` (see `choose`).
         memory: None for a gate the memory does not cover: the frozen router.
         engine_of: Loads a gate graph of the bundle by name.
+        selection_bias: [E], of this gate, where the rule has one.
 
     Raises:
         BackendError: If the backend is unknown, or what it needs is missing: faiss, a GPU.
@@ -44,16 +47,21 @@ def make_gate(
         raise BackendError("gate", "unknown backend", expected=BACKENDS, found=backend)
     chosen = choose(memory) if backend == "auto" else backend
     if chosen == "onnx":
-        return OnnxGate.over(engine_of(graph_name(memory)), memory)
+        return OnnxGate.over(engine_of(graph_name(memory)), memory, selection_bias)
     if chosen == "faiss" and memory is not None:
-        return FaissGate(rule, experts_per_token, memory, index=build_index(memory))
+        index = build_index(memory)
+        return FaissGate(
+            rule, experts_per_token, memory, selection_bias=selection_bias, index=index
+        )
     if chosen == "faiss-gpu":
         if memory is not None:
             index = build_index(memory, gpu=True)
-            return FaissGpuGate(rule, experts_per_token, memory, index=index)
+            return FaissGpuGate(
+                rule, experts_per_token, memory, selection_bias=selection_bias, index=index
+            )
         check_gpu(load_faiss())  # a gate without a memory would hide that there is none
     dtype = np.float64 if chosen == "numpy-float64" else np.float32
-    return NumpyGate(rule, experts_per_token, memory, dtype)
+    return NumpyGate(rule, experts_per_token, memory, dtype, selection_bias)
 
 
 def choose(memory: GateMemory | None) -> Backend:
