@@ -13,7 +13,6 @@ from plugin_library import built_harness, built_plugin
 SCRIPT = Path(__file__).parent / "plugin_in_lean.py"
 
 
-@pytest.mark.slow
 def test_the_lean_runtime_takes_the_plugin_and_refuses_bad_fields() -> None:
     if find_spec("tensorrt_lean_bindings") is None or find_spec("tensorrt_lean_libs") is None:
         pytest.skip("tensorrt-lean-cu13-libs and tensorrt-lean-cu13-bindings are not installed")
