@@ -208,7 +208,7 @@ class Feature:
 
 DRIVER_FIX = "install an NVIDIA driver, 580 or newer"
 INSTALL = {
-    "tensorrt": "pip install tensorrt-cu13 --extra-index-url https://pypi.nvidia.com",
+    "tensorrt": "install TensorRT 10 or newer: part of JetPack, else from its vendor",
     "tensorrt_rtx": "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs",
 }
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Flavor = Literal["tensorrt", "tensorrt_rtx"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
 _INSTALL = {
-    "tensorrt": "Install TensorRT 10 or newer: it is part of JetPack, or `pip install tensorrt`.",
+    "tensorrt": "Install TensorRT 10 or newer: it is part of JetPack, else get it from its vendor.",
     "tensorrt_rtx": "Run `pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs`.",
 }
 
