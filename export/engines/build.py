@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +21,14 @@ from knnmoe.runtime.atomic import check_replaceable, new_directory
 from knnmoe.runtime.bundle import Bundle, describe_file
 from knnmoe.runtime.engines.engine_set import EngineSet, bundle_hash, cache_folder
 from knnmoe.runtime.engines.tensorrt import load_tensorrt
-from knnmoe.runtime.errors import BackendError, EngineError, KnnMoeError
+from knnmoe.runtime.errors import BackendError, EngineError
 from knnmoe.runtime.probes import ask_driver
 from knnmoe.trt_plugins import library
 
 from ..graph import KNNMOE
 from ..std import StdGraph, StdModel, StdOptions
+from .process import Progress, run_worker
 from .settings import BuildSettings, Range, dimension_ranges, profile
-
-# (engine, phase of TensorRT's builder, step, steps), engines that are done
-Progress = Callable[[str, str, int, int], None]
 
 _KEY_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -408,7 +403,7 @@ def _build_jobs(
         }
         file = temporary / "jobs.json"
         file.write_text(json.dumps(content))
-        return _run_worker(file, settings, temporary, task.progress)
+        return run_worker(file, settings.backend, temporary, task.progress)
 
 
 def _timing_cache(settings: BuildSettings, target: _Target) -> str | None:
@@ -417,96 +412,3 @@ def _timing_cache(settings: BuildSettings, target: _Target) -> str | None:
         return None
     name = f"tensorrt-{target.version}-sm{target.capabilities[0]}-{target.driver}.cache"
     return str(cache_folder() / "timing" / name)
-
-
-def _run_worker(
-    jobs: Path, settings: BuildSettings, temporary: Path, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    command = [sys.executable, "-m", "knnmoe.export.engines.worker", str(jobs)]
-    built: dict[str, dict[str, Any]] = {}
-    failure: KnnMoeError | None = None
-    log = temporary / "worker.log"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env=_environment(settings.backend, temporary),
-        ) as worker,
-    ):  # fmt: skip
-        assert worker.stdout is not None
-        try:
-            for line in worker.stdout:
-                event = _event(line)
-                if event["event"] == "progress":
-                    progress(event["name"], event["phase"], event["step"], event["steps"])
-                elif event["event"] == "built":
-                    built[event["name"]] = event
-                    progress(event["name"], "built", 1, 1)
-                elif event["event"] == "failed":
-                    failure = _failure(event, settings)
-        except BaseException:
-            worker.kill()
-            raise
-    if failure is not None:
-        raise failure
-    if worker.returncode != 0:
-        last = log.read_text(errors="replace").strip().splitlines()[-3:]
-        raise EngineError(
-            f"{settings.backend} builder", f"ended with code {worker.returncode}",
-            found=" / ".join(last) or "no message",
-            fix="Killed (-9) means that the machine ran out of memory: build with smaller "
-            "--max-context, --prefill or --workspace.",
-        )  # fmt: skip
-    return built
-
-
-def _event(line: str) -> dict[str, Any]:
-    """A line of the worker; what a library printed is no event."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {"event": "noise"}
-    return event if isinstance(event, dict) and "event" in event else {"event": "noise"}
-
-
-def _failure(event: Mapping[str, Any], settings: BuildSettings) -> KnnMoeError:
-    if "error" in event:
-        stated = event["error"]
-        return BackendError(
-            stated["where"], stated["problem"], expected=stated["expected"],
-            found=stated["found"], fix=stated["fix"],
-        )  # fmt: skip
-    advice = "A larger --workspace, or smaller --max-context or --prefill, may help."
-    if settings.experts == "moe":
-        advice += " So may --experts gathered, which does without TensorRT's MoE layer."
-    return EngineError(
-        f"{settings.backend}: {event['name']}", event["problem"], found=event["found"], fix=advice
-    )
-
-
-def _environment(backend: str, temporary: Path) -> dict[str, str]:
-    """The worker's environment: here is how it finds knnmoe and the libraries of TensorRT-RTX.
-
-    The parser of TensorRT-RTX opens its library by a name without a version, which the wheel does
-    not have.
-    """
-    environment = dict(os.environ)
-    paths = [path for path in sys.path if path]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    if backend != "tensorrt_rtx":
-        return environment
-    from importlib.util import find_spec
-
-    spec = find_spec("tensorrt_rtx_libs")
-    if spec is None or spec.origin is None:
-        return environment
-    folder = Path(spec.origin).parent
-    named = folder / "libtensorrt_rtx.so"
-    versions = sorted(folder.glob("libtensorrt_rtx.so.?"))
-    if not named.exists() and versions:
-        (temporary / named.name).symlink_to(versions[-1])
-    known = environment.get("LD_LIBRARY_PATH")
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(
-        [str(temporary), str(folder), *([known] if known else [])]
-    )
-    return environment

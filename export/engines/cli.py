@@ -17,7 +17,8 @@ from knnmoe.runtime.commands.common import PATH, json_option, output
 if TYPE_CHECKING:
     from knnmoe.runtime.engines.engine_set import EngineSet
 
-    from .build import BuildReport, Progress
+    from .build import BuildReport
+    from .process import Progress
 
 # Named here again so that `--help` need not import what defines them; a test compares.
 BACKENDS = ("tensorrt", "tensorrt_rtx", "onnxruntime")

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from knnmoe.export.engines import cli, settings
-from knnmoe.export.engines.build import _environment, build
+from knnmoe.export.engines.build import build
+from knnmoe.export.engines.process import environment
 from knnmoe.export.engines.settings import BuildSettings, dimension_ranges, limits_for, profile
 from knnmoe.runtime.bundle import Bundle, ModelShape, TensorSpec
 from knnmoe.runtime.cli import main
@@ -186,8 +187,8 @@ def test_a_failed_build_leaves_nothing(
     crashing.mkdir()
     (crashing / "tensorrt_rtx_libs.py").write_text("import os; os.abort()")
     monkeypatch.setattr(
-        "knnmoe.export.engines.build._environment",
-        lambda *words: _environment(*words) | {"PYTHONPATH": f"{crashing}:{':'.join(sys.path)}"},
+        "knnmoe.export.engines.process.environment",
+        lambda *words: environment(*words) | {"PYTHONPATH": f"{crashing}:{':'.join(sys.path)}"},
     )
     with pytest.raises(EngineError, match="builder: ended with code -6"):
         build(bundle, RTX, output=tmp_path / "set")
@@ -220,8 +221,8 @@ def _workers() -> set[str]:
 
 def test_the_search_path_of_others_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/mine")
-    assert _environment("tensorrt", tmp_path)["LD_LIBRARY_PATH"] == "/opt/mine"
+    assert environment("tensorrt", tmp_path)["LD_LIBRARY_PATH"] == "/opt/mine"
     if find_spec("tensorrt_rtx_libs") is not None:
-        parts = _environment("tensorrt_rtx", tmp_path)["LD_LIBRARY_PATH"].split(os.pathsep)
+        parts = environment("tensorrt_rtx", tmp_path)["LD_LIBRARY_PATH"].split(os.pathsep)
         assert parts[-1] == "/opt/mine"
         assert (Path(parts[0]) / "libtensorrt_rtx.so").exists()
