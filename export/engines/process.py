@@ -89,7 +89,7 @@ def _failure(event: Mapping[str, Any], backend: str) -> KnnMoeError:
         f"{backend}: {event['name']}",
         event["problem"],
         found=event["found"],
-        fix="A larger --workspace, smaller --max-context or --prefill, or other --experts may help.",
+        fix="A larger --workspace, smaller --max-context or --prefill, or other --experts, may do.",
     )
 
 
