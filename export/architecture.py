@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from knnmoe.runtime.bundle import ModelShape
+from knnmoe.runtime.bundle import MAX_GATES, ModelShape
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 from knnmoe.runtime.routing import RoutingRule
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-HEAD_SIZE_MULTIPLE = 8  # of ONNX Runtime's GroupQueryAttention
+HEAD_SIZE_MULTIPLE = 16  # of ONNX Runtime's GroupQueryAttention, where it rotates
 
 NOT_DESCRIBED = "knnmoe has no description for this kind of checkpoint yet."
 
@@ -22,7 +22,8 @@ NOT_DESCRIBED = "knnmoe has no description for this kind of checkpoint yet."
 class TensorNames:
     """Templates of the tensors' names; `{layer}` and `{expert}` are filled in.
 
-    Shapes are those of the Hugging Face layout: a linear layer is [out, in].
+    Shapes are those of the Hugging Face layout: a linear layer is [out, in]. What a family does not
+    have is None.
     """
 
     embedding: str
@@ -31,15 +32,26 @@ class TensorNames:
     key: str
     value: str
     output: str
-    query_norm: str  # over the whole width of all heads
-    key_norm: str
-    router_norm: str
+    router_norm: str  # of a dense layer as well, where no router reads it
     router: str
     expert_gate: str
     expert_up: str
     expert_down: str
     final_norm: str
     head: str
+    query_norm: str | None = None
+    key_norm: str | None = None
+    query_bias: str | None = None  # the biases are there where the config says so
+    key_bias: str | None = None
+    value_bias: str | None = None
+    output_bias: str | None = None
+    dense_gate: str | None = None
+    dense_up: str | None = None
+    dense_down: str | None = None
+    shared_gate: str | None = None  # the expert that every token goes through
+    shared_up: str | None = None
+    shared_down: str | None = None
+    shared_router: str | None = None  # [1, D]: how much of it, as a logit
     ignored: tuple[str, ...] = ()  # names that old checkpoints carry and nobody needs
 
 
@@ -56,13 +68,24 @@ class ConfigNames:
     max_positions: str = "max_position_embeddings"
     num_experts: str = "num_experts"
     expert_width: str = "intermediate_size"
+    dense_width: str | None = None
+    shared_width: str | None = None
+    dense_layers: str | None = None  # a list of layers without experts
+    sparse_step: str | None = None  # every so many layers one has experts
     top_k: str = "num_experts_per_tok"
-    renormalize: str = "norm_topk_prob"
+    renormalize: str | None = "norm_topk_prob"
     norm_epsilon: str = "rms_norm_eps"
-    clip_qkv: str = "clip_qkv"
+    clip_qkv: str | None = None
     activation: str = "hidden_act"
-    attention_bias: str = "attention_bias"
+    attention_bias: str | None = "attention_bias"
     tied_head: str = "tie_word_embeddings"
+    window: str | None = None
+    window_switch: str | None = None  # a flag without which the window is not used
+    window_end: str | None = None  # of the layers before it every other one has a window
+    layer_kinds: str | None = None  # a list of `SLIDING` and `FULL`; other layers are refused
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -74,8 +97,13 @@ class Family:
         model_type: The `model_type` of its configs.
         tensors: Names of its tensors.
         score: How its router's logits become scores.
+        renormalize: Whether the selected experts' weights are divided by their sum, where no entry
+            of the config says so.
         activation: Of its experts: act(gate) · up.
+        head_norms: Whether the norms of query and key are over each head, not over all of them.
+        free_head_size: Whether the config may state a head size that is not D over the heads.
         config: Names of the entries of its config.
+        aliases: Entries by another name: (name in some configs, name in `config`).
         defaults: What an entry is where the config leaves it out.
         rope_theta: Base of the rotary embedding where the config leaves it out.
     """
@@ -84,10 +112,27 @@ class Family:
     model_type: str
     tensors: TensorNames
     score: str = "softmax"
+    renormalize: bool = False
     activation: str = "silu"
+    head_norms: bool = False
+    free_head_size: bool = False
     config: ConfigNames = field(default_factory=ConfigNames)
+    aliases: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
     rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What sets one layer apart from the others.
+
+    Attributes:
+        gate: Number of its gate; None for a dense layer.
+        window: Tokens that a query sees, itself the last of them; None for all before it.
+    """
+
+    gate: int | None
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +142,11 @@ class Architecture:
     family: Family
     shape: ModelShape
     routing: RoutingRule
+    layers: tuple[Layer, ...]
     expert_width: int
+    dense_width: int | None  # of the layers without experts
+    shared_width: int | None  # of the expert that every token goes through
+    attention_bias: bool
     norm_epsilon: float
     rope_theta: float
     clip_qkv: float | None
@@ -112,6 +161,21 @@ class Architecture:
     def kv_width(self) -> int:
         """Width of all key (or value) heads."""
         return self.shape.num_kv_heads * self.shape.head_size
+
+    @property
+    def gate_layers(self) -> tuple[int, ...]:
+        """The layer of each gate."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.gate is not None)
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the linear map after attention has a bias."""
+        return self.attention_bias and self.family.tensors.output_bias is not None
+
+    def segment_layers(self, segment: int) -> range:
+        """The layers whose attention a segment holds: behind one gate, up to the next."""
+        ends = [0, *(layer + 1 for layer in self.gate_layers), len(self.layers)]
+        return range(ends[segment], ends[segment + 1])
 
 
 def describe(checkpoint: Checkpoint, family: Family) -> Architecture:
@@ -144,37 +208,23 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
     hidden = config.count(names.hidden_size)
     heads = config.count(names.num_heads)
     kv_heads = config.count(names.num_kv_heads, default=heads)
-    layers = config.count(names.num_layers)
+    layers = _layers(config, names)
+    gates = sum(layer.gate is not None for layer in layers)
     experts = config.count(names.num_experts)
     top_k = config.count(names.top_k)
-    if hidden % heads:
-        raise config.wrong(
-            names.num_heads, "does not divide the hidden size", f"a divisor of {hidden}"
-        )
+    head_size = _head_size(config, family, hidden, heads)
     if heads % kv_heads:
         raise config.wrong(names.num_kv_heads, "does not divide the heads", f"a divisor of {heads}")
-    head_size = config.count(names.head_size, default=hidden // heads)
-    if head_size != hidden // heads:
-        raise config.wrong(
-            names.head_size, "is not the hidden size over the heads", str(hidden // heads)
-        )
-    if head_size % HEAD_SIZE_MULTIPLE:
-        raise config.wrong(
-            names.num_heads,
-            f"gives heads of size {head_size}",
-            f"a head size that is a multiple of {HEAD_SIZE_MULTIPLE}",
-        )
     if top_k > experts:
         raise config.wrong(names.top_k, "is more than there are experts", f"at most {experts}")
     config.must_be(names.activation, family.activation)
-    config.must_be(names.attention_bias, False)
     return Architecture(
         family=family,
         shape=ModelShape(
             hidden_size=hidden,
             vocab_size=config.count(names.vocab_size),
-            num_layers=layers,
-            num_gates=layers,
+            num_layers=len(layers),
+            num_gates=gates,
             num_experts=experts,
             num_heads=heads,
             num_kv_heads=kv_heads,
@@ -182,9 +232,19 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
             max_positions=config.count(names.max_positions),
         ),
         routing=RoutingRule(
-            top_k=top_k, score=family.score, renormalize=config.flag(names.renormalize)
+            top_k=top_k,
+            score=family.score,
+            renormalize=(
+                config.flag(names.renormalize) if names.renormalize else family.renormalize
+            ),
         ),
+        layers=layers,
         expert_width=config.count(names.expert_width),
+        dense_width=(
+            config.count(names.dense_width) if names.dense_width and gates < len(layers) else None
+        ),
+        shared_width=config.count(names.shared_width) if names.shared_width else None,
+        attention_bias=_attention_bias(config, family),
         norm_epsilon=config.positive(names.norm_epsilon),
         rope_theta=_rope_theta(config, family),
         clip_qkv=_clip(config, names.clip_qkv),
@@ -192,46 +252,62 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
     )
 
 
-def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this architecture has, with its shape."""
-    names, shape = architecture.family.tensors, architecture.shape
-    hidden, width = shape.hidden_size, architecture.expert_width
+def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer by their names, with their shapes; without those of its experts."""
+    names, hidden = architecture.family.tensors, architecture.shape.hidden_size
     query, kv = architecture.query_width, architecture.kv_width
-    expected: dict[str, tuple[int, ...]] = {
-        names.embedding: (shape.vocab_size, hidden),
-        names.final_norm: (hidden,),
-    }
-    if not architecture.tied_head:
-        expected[names.head] = (shape.vocab_size, hidden)
-    per_layer = {
+    head, experts = architecture.shape.head_size, architecture.shape.num_experts
+    normed = (head, head) if architecture.family.head_norms else (query, kv)
+    found: dict[str | None, tuple[int, ...]] = {
         names.input_norm: (hidden,),
         names.query: (query, hidden),
         names.key: (kv, hidden),
         names.value: (kv, hidden),
         names.output: (hidden, query),
-        names.query_norm: (query,),
-        names.key_norm: (kv,),
+        names.query_norm: (normed[0],),
+        names.key_norm: (normed[1],),
         names.router_norm: (hidden,),
-        names.router: (shape.num_experts, hidden),
     }
+    if architecture.attention_bias:
+        found |= {names.query_bias: (query,), names.key_bias: (kv,), names.value_bias: (kv,)}
+        found |= {names.output_bias: (hidden,)}
+    if architecture.layers[layer].gate is None:
+        width = architecture.dense_width
+        gate, up, down = names.dense_gate, names.dense_up, names.dense_down
+    else:
+        found |= {names.router: (experts, hidden), names.shared_router: (1, hidden)}
+        width = architecture.shared_width
+        gate, up, down = names.shared_gate, names.shared_up, names.shared_down
+    if width is not None:
+        found |= {gate: (width, hidden), up: (width, hidden), down: (hidden, width)}
+    return {name.format(layer=layer): size for name, size in found.items() if name is not None}
+
+
+def expected_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that a checkpoint of this architecture has, with its shape."""
+    names, shape = architecture.family.tensors, architecture.shape
+    hidden, width = shape.hidden_size, architecture.expert_width
+    yield names.embedding, (shape.vocab_size, hidden)
+    yield names.final_norm, (hidden,)
+    if not architecture.tied_head:
+        yield names.head, (shape.vocab_size, hidden)
     per_expert = {
         names.expert_gate: (width, hidden),
         names.expert_up: (width, hidden),
         names.expert_down: (hidden, width),
     }
-    for layer in range(shape.num_layers):
-        for template, size in per_layer.items():
-            expected[template.format(layer=layer)] = size
-        for expert in range(shape.num_experts):
+    for index, layer in enumerate(architecture.layers):
+        yield from layer_tensors(architecture, index).items()
+        for expert in range(shape.num_experts if layer.gate is not None else 0):
             for template, size in per_expert.items():
-                expected[template.format(layer=layer, expert=expert)] = size
-    return expected
+                yield template.format(layer=index, expert=expert), size
 
 
 def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    expected = expected_tensors(architecture)
-    for name, shape in expected.items():
+    expected = set()
+    for name, shape in expected_tensors(architecture):
         entry = checkpoint.entry(name)
+        expected.add(name)
         where = f"{checkpoint.path / entry.shard}: {name}"
         if entry.shape != shape:
             raise CheckpointError(
@@ -266,6 +342,12 @@ class _Config:
     def __init__(self, content: Mapping[str, Any], where: Path, family: Family) -> None:
         self._where = where
         self._content = dict(family.defaults) | dict(content)
+        for other, name in family.aliases:
+            if other not in content:
+                continue
+            if content.get(name, content[other]) != content[other]:
+                raise self.wrong(other, f"is not what {name} says", str(content[name]))
+            self._content[name] = content[other]
 
     def raw(self, name: str) -> Any:
         return self._content.get(name)
@@ -287,6 +369,15 @@ class _Config:
             raise self.wrong(name, "malformed", "a positive whole number")
         return found
 
+    def counts(self, name: str) -> list[int]:
+        """Numbers from 0; none where the entry is null."""
+        found = self.raw(name)
+        if found is None:
+            return []
+        if not isinstance(found, list) or not all(type(n) is int and n >= 0 for n in found):
+            raise self.wrong(name, "malformed", "a list of whole numbers")
+        return found
+
     def positive(self, name: str) -> float:
         found = self.raw(name)
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1e38:
@@ -304,8 +395,82 @@ class _Config:
             raise self.wrong(name, "is not supported", str(value))
 
 
-def _clip(config: _Config, name: str) -> float | None:
-    return None if config.raw(name) is None else config.positive(name)
+def _clip(config: _Config, name: str | None) -> float | None:
+    return None if name is None or config.raw(name) is None else config.positive(name)
+
+
+def _head_size(config: _Config, family: Family, hidden: int, heads: int) -> int:
+    names = family.config
+    stated = config.raw(names.head_size) is not None
+    if hidden % heads and not (stated and family.free_head_size):
+        raise config.wrong(
+            names.num_heads, "does not divide the hidden size", f"a divisor of {hidden}"
+        )
+    head_size = config.count(names.head_size, default=hidden // heads)
+    if head_size != hidden // heads and not family.free_head_size:
+        raise config.wrong(
+            names.head_size, "is not the hidden size over the heads", str(hidden // heads)
+        )
+    if head_size % HEAD_SIZE_MULTIPLE:
+        raise config.wrong(
+            names.head_size if stated else names.num_heads,
+            f"gives heads of size {head_size}",
+            f"a head size that is a multiple of {HEAD_SIZE_MULTIPLE}",
+        )
+    return head_size
+
+
+def _attention_bias(config: _Config, family: Family) -> bool:
+    name = family.config.attention_bias
+    if name is None:
+        return False
+    if family.tensors.query_bias is None:
+        config.must_be(name, False)
+        return False
+    return config.flag(name)
+
+
+def _layers(config: _Config, names: ConfigNames) -> tuple[Layer, ...]:
+    """Which layers have a gate, and how far each one's queries see."""
+    count = config.count(names.num_layers)
+    if count > MAX_GATES:
+        raise config.wrong(names.num_layers, "is too large", f"at most {MAX_GATES}")
+    dense = set(config.counts(names.dense_layers)) if names.dense_layers else set()
+    step = config.count(names.sparse_step) if names.sparse_step else 1
+    windows = _windows(config, names, count)
+    layers: list[Layer] = []
+    gates = 0
+    for index, window in enumerate(windows):
+        sparse = index not in dense and (index + 1) % step == 0
+        layers.append(Layer(gates if sparse else None, window))
+        gates += sparse
+    if not gates:
+        name = names.dense_layers if dense else names.sparse_step
+        raise config.wrong(name or names.num_layers, "leaves no layer with experts", "at least one")
+    return tuple(layers)
+
+
+def _windows(config: _Config, names: ConfigNames, count: int) -> list[int | None]:
+    """The window of each layer."""
+    name = names.window
+    used = name is not None and config.raw(name) is not None
+    if names.window_switch is not None and not config.flag(names.window_switch):
+        used = False
+    window = config.count(name) if used and name is not None else None
+    kinds = None if names.layer_kinds is None else config.raw(names.layer_kinds)
+    if names.layer_kinds is not None and kinds is not None:
+        known = (FULL,) if window is None else (FULL, SLIDING)
+        if not isinstance(kinds, list) or len(kinds) != count or any(k not in known for k in kinds):
+            raise config.wrong(
+                names.layer_kinds, "malformed", f"{count} times {' or '.join(known)}"
+            )
+        return [window if kind == SLIDING else None for kind in kinds]
+    if names.window_end is not None and window is not None:
+        end = config.raw(names.window_end)
+        if type(end) is not int or end < 0:
+            raise config.wrong(names.window_end, "malformed", "a whole number")
+        return [window if index % 2 == 0 and index < end else None for index in range(count)]
+    return [window] * count
 
 
 def _rope_theta(config: _Config, family: Family) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -11,9 +11,9 @@ from knnmoe.runtime.bundle import TensorSpec
 
 from .architecture import Architecture
 from .blend_function import LENGTHS, RESULTS, memory_specs
-from .gate_graphs import GateShape, gate_nodes, routed_specs
+from .gate_graphs import GateShape, declare_bias, gate_nodes, routed_specs
 from .graph import OPSET, GraphBuilder, StoredTensor
-from .lowering.base import Lowering, Pair, Stream
+from .lowering.base import Lowering, Stream
 from .lowering.ort import OrtLowering
 
 INPUT_IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
@@ -55,7 +55,7 @@ class ModelPlan:
 
 def segment_layers(architecture: Architecture, segment: int) -> tuple[int, ...]:
     """The layers whose key-value cache a segment holds."""
-    return (segment,) if segment < architecture.shape.num_layers else ()
+    return tuple(architecture.segment_layers(segment))
 
 
 def segment_graph(plan: ModelPlan, segment: int) -> GraphBuilder:
@@ -66,28 +66,33 @@ def segment_graph(plan: ModelPlan, segment: int) -> GraphBuilder:
     hidden_spec = TensorSpec("hidden", "float32", ("batch", "sequence", a.shape.hidden_size))
     input_spec = TensorSpec("router_input", "float32", ("tokens", a.shape.hidden_size))
     logits_spec = TensorSpec("router_logits", "float32", ("tokens", a.shape.num_experts))
-    last = segment == a.shape.num_gates
+    mixed: ir.Value | None = None  # what a layer adds to `hidden` behind its attention
     if segment == 0:
         hidden = parts.embed(g.declare(INPUT_IDS))
-        normed = parts.first_norm(hidden, 0)
     else:
         stream = Stream(g.declare(hidden_spec), g.declare(input_spec))
         ids, weights = (g.declare(spec) for spec in routed_specs(plan.gate_shape))
-        mixed = parts.experts(stream, ids, weights, segment - 1)
-        if last:
-            logits = parts.logits(stream.hidden, mixed, g.declare(LOGIT_ROWS))
-            g.output(logits, _logits_spec(a))
-            return g
-        hidden, normed = parts.next_norm(stream.hidden, mixed, segment)
-    step = [g.declare(spec) for spec in parts.step_inputs]
-    cache = parts.cache(segment)
-    past = _declare_pair(g, cache.inputs)
-    stream, cached = parts.attention(hidden, normed, segment, past, step)
-    g.output(stream.hidden, _renamed(hidden_spec, "hidden_out"))
-    g.output(stream.router_input, _renamed(input_spec, "router_input_out"))
-    logits = parts.router(stream.router_input, segment)
-    g.output(logits, _renamed(logits_spec, "router_logits_out"))
-    for value, spec in zip(cached, cache.outputs, strict=True):
+        mixed = parts.experts(stream, ids, weights, a.gate_layers[segment - 1])
+        hidden = stream.hidden
+    layers = a.segment_layers(segment)
+    step = [g.declare(spec) for spec in parts.step_inputs] if layers else []
+    cache_outputs: list[tuple[ir.Value, TensorSpec]] = []
+    for layer in layers:
+        stream, cached = _attention(g, parts, hidden, mixed, layer, step)
+        cache_outputs += cached
+        hidden, mixed = stream.hidden, None
+        if a.layers[layer].gate is None:
+            mixed = parts.dense(stream, layer)
+    if segment == a.shape.num_gates:
+        assert mixed is not None
+        logits = parts.logits(hidden, mixed, g.declare(LOGIT_ROWS))
+        g.output(logits, _logits_spec(a))
+    else:
+        g.output(stream.hidden, _renamed(hidden_spec, "hidden_out"))
+        g.output(stream.router_input, _renamed(input_spec, "router_input_out"))
+        logits = parts.router(stream.router_input, layers[-1])
+        g.output(logits, _renamed(logits_spec, "router_logits_out"))
+    for value, spec in cache_outputs:
         g.output(value, spec)
     return g
 
@@ -104,38 +109,57 @@ def fused_graph(plan: ModelPlan, gate: str) -> GraphBuilder:
     step = [g.declare(spec) for spec in parts.step_inputs]
     logit_rows = g.declare(LOGIT_ROWS)
     lengths = g.declare(LENGTHS)
-    hidden = parts.embed(input_ids)
-    normed = parts.first_norm(hidden, 0)
+    hidden, mixed = parts.embed(input_ids), None
     gate_outputs: list[tuple[ir.Value, TensorSpec]] = []
     cache_outputs: list[tuple[ir.Value, TensorSpec]] = []
-    for layer in range(a.shape.num_layers):
-        cache = parts.cache(layer)
-        past = _declare_pair(g, cache.inputs)
+    for layer, kind in enumerate(a.layers):
+        stream, cached = _attention(g, parts, hidden, mixed, layer, step)
+        cache_outputs += cached
+        hidden = stream.hidden
+        if kind.gate is None:
+            mixed = parts.dense(stream, layer)
+            continue
         memory = [
-            g.declare(_of_gate(spec, layer))
+            g.declare(_of_gate(spec, kind.gate))
             for spec in memory_specs(a.shape.hidden_size, a.shape.num_experts)
         ]
-        stream, cached = parts.attention(hidden, normed, layer, past, step)
-        cache_outputs.extend(zip(cached, cache.outputs, strict=True))
+        bias = declare_bias(g, plan.gate_shape, f"_{kind.gate}")
         logits = parts.router(stream.router_input, layer)
         ids, weights, results = gate_nodes(
-            g, stream.router_input, logits, [*memory, lengths], plan.gate_shape, gate
+            g, stream.router_input, logits, [*memory, lengths], plan.gate_shape, gate, bias
         )
         specs = (*routed_specs(plan.gate_shape), *RESULTS)
         for value, spec in zip((ids, weights, *results), specs, strict=True):
-            gate_outputs.append((value, _of_gate(spec, layer)))
+            gate_outputs.append((value, _of_gate(spec, kind.gate)))
         mixed = parts.experts(stream, ids, weights, layer)
-        if layer + 1 < a.shape.num_layers:
-            hidden, normed = parts.next_norm(stream.hidden, mixed, layer + 1)
-    g.output(parts.logits(stream.hidden, mixed, logit_rows), _logits_spec(a))
+    assert mixed is not None
+    g.output(parts.logits(hidden, mixed, logit_rows), _logits_spec(a))
     for value, spec in (*cache_outputs, *gate_outputs):
         g.output(value, spec)
     return g
 
 
-def _declare_pair(g: GraphBuilder, specs: tuple[TensorSpec, TensorSpec]) -> Pair:
-    key, value = (g.declare(spec) for spec in specs)
-    return key, value
+def _attention(
+    g: GraphBuilder,
+    parts: Lowering,
+    hidden: ir.Value,
+    mixed: ir.Value | None,
+    layer: int,
+    step: Sequence[ir.Value],
+) -> tuple[Stream, list[tuple[ir.Value, TensorSpec]]]:
+    """One layer up to its experts: (stream, the outputs of its cache).
+
+    Args:
+        mixed: What the layer before adds to `hidden`; None in the first layer.
+    """
+    if mixed is None:
+        normed = parts.first_norm(hidden, layer)
+    else:
+        hidden, normed = parts.next_norm(hidden, mixed, layer)
+    cache = parts.cache(layer)
+    key, value = (g.declare(spec) for spec in cache.inputs)
+    stream, cached = parts.attention(hidden, normed, layer, (key, value), step)
+    return stream, list(zip(cached, cache.outputs, strict=True))
 
 
 def _logits_spec(a: Architecture) -> TensorSpec:

@@ -1,4 +1,4 @@
-"""A tiny random OLMoE checkpoint in the Hugging Face layout, made without torch."""
+"""Tiny random checkpoints of every family in the Hugging Face layout, made without torch."""
 
 from __future__ import annotations
 
@@ -34,26 +34,126 @@ TINY_CONFIG: dict[str, Any] = {
 }
 
 
-def make_tiny_olmoe(
-    path: str | Path, *, seed: int = 0, dtype: str = "float32", shards: int = 1, **config: Any
+_QWEN: dict[str, Any] = {
+    **{
+        name: TINY_CONFIG[name]
+        for name in TINY_CONFIG
+        if name not in ("attention_bias", "clip_qkv")
+    },
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+    "use_sliding_window": False,
+    "sliding_window": 64,
+}
+
+# Of each family what the others are made of: entries of `config.json`, where `...` removes one.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": TINY_CONFIG,
+    "qwen3_moe": _QWEN | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "head_dim": 32, "attention_bias": False,
+    },
+    "mixtral": {
+        **{name: TINY_CONFIG[name] for name in TINY_CONFIG
+           if name not in ("attention_bias", "clip_qkv", "num_experts", "norm_topk_prob")},
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+        "num_local_experts": 8, "sliding_window": None,
+    },
+    "qwen2_moe": _QWEN | {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 40, "norm_topk_prob": False, "max_window_layers": 4,
+    },
+}  # fmt: skip
+
+# What sets a kind of a family apart from `plain`: entries of its config, `dtype` and `shards`.
+KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    "olmoe": {"plain": {}},
+    "qwen3_moe": {
+        "plain": {},  # a dense layer behind the first gate, heads wider than the hidden size
+        "first and last layers dense, two in a row": {
+            "num_hidden_layers": 6, "mlp_only_layers": [0, 1, 3, 5], "dtype": "bfloat16",
+            "shards": 3,
+        },
+        "every other layer dense, biases, tied, as transformers 5 writes it": {
+            "decoder_sparse_step": 2, "mlp_only_layers": None, "attention_bias": True,
+            "tie_word_embeddings": True, "norm_topk_prob": False, "num_experts": ...,
+            "num_local_experts": 8, "rope_theta": ...,
+            "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        },
+        "a window of 5, one narrow key head": {
+            "use_sliding_window": True, "sliding_window": 5, "num_key_value_heads": 1,
+            "head_dim": 16, "num_attention_heads": 6,
+        },
+    },
+    "mixtral": {
+        "plain": {},
+        "a window of 5, wide heads, many experts": {
+            "sliding_window": 5, "head_dim": 48, "num_local_experts": 12, "dtype": "float16",
+        },
+        "a window of 1, a key head for every query head": {
+            "sliding_window": 1, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        },
+    },
+    "qwen2_moe": {
+        "plain": {},
+        "windows of 6 in every other layer, last layer dense": {
+            "num_hidden_layers": 5, "mlp_only_layers": [4], "use_sliding_window": True,
+            "sliding_window": 6, "shards": 2, "dtype": "bfloat16",
+        },
+        "windows of 4 by list, no biases, renormalised": {
+            "mlp_only_layers": [], "qkv_bias": False, "norm_topk_prob": True,
+            "use_sliding_window": True, "sliding_window": 4, "num_experts_per_tok": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention",
+                            "full_attention"],
+        },
+    },
+}  # fmt: skip
+
+
+def make_tiny(
+    path: str | Path,
+    family: str = "olmoe",
+    kind: str = "plain",
+    *,
+    seed: int = 0,
+    dtype: str | None = None,
+    shards: int | None = None,
+    **config: Any,
 ) -> Path:
-    """Write a random OLMoE checkpoint directory that transformers can load.
+    """Write a random checkpoint directory that transformers can load.
 
     Weights are scaled so that activations and router logits are of order one: errors show.
 
     Args:
         path: Directory to create (it may exist).
+        family: A key of `FAMILIES`.
+        kind: A key of `KINDS[family]`.
         seed: Of the weights.
-        dtype: `float32`, `float16` or `bfloat16`.
-        shards: Number of safetensors files; above 1 with `model.safetensors.index.json`.
-        **config: Entries of `config.json` that replace those of `TINY_CONFIG`.
+        dtype: `float32`, `float16` or `bfloat16`; by default the kind's, or float32.
+        shards: Number of safetensors files, by default the kind's, or one; above 1 with
+            `model.safetensors.index.json`.
+        **config: Entries of `config.json` that replace those of the kind; `...` removes one.
 
     Returns:
         The directory.
     """
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    settings = TINY_CONFIG | config
+    settings = FAMILIES[family] | KINDS[family][kind] | config
+    dtype, shards = (
+        given or settings.get(name, usual)
+        for name, given, usual in (("dtype", dtype, "float32"), ("shards", shards, 1))
+    )
+    settings = {
+        name: value
+        for name, value in settings.items()
+        if value is not ... and name not in ("dtype", "shards")
+    }
     settings["torch_dtype"] = dtype
     _write_json(root / "config.json", settings)
     _write_json(
@@ -63,6 +163,11 @@ def make_tiny_olmoe(
     write_tiny_tokenizer(root)
     _write_shards(root, _tensors(settings, np.random.default_rng(seed), dtype), shards)
     return root
+
+
+def make_tiny_olmoe(path: str | Path, **options: Any) -> Path:
+    """`make_tiny` of the family the others are compared with."""
+    return make_tiny(path, "olmoe", **options)
 
 
 def write_tiny_tokenizer(root: Path) -> None:
@@ -91,33 +196,57 @@ def write_tiny_tokenizer(root: Path) -> None:
 def _tensors(
     c: dict[str, Any], rng: np.random.Generator, dtype: str
 ) -> dict[str, NDArray[np.generic]]:
-    hidden, ffn, experts = c["hidden_size"], c["intermediate_size"], c["num_experts"]
+    family, hidden = c["model_type"], c["hidden_size"]
+    ffn = c.get("moe_intermediate_size", c["intermediate_size"])
+    experts = c.get("num_experts", c.get("num_local_experts"))
     heads = c["num_attention_heads"]
-    kv_width = hidden // heads * (c["num_key_value_heads"] or heads)
+    head = c.get("head_dim") or hidden // heads
+    width, kv_width = heads * head, head * (c["num_key_value_heads"] or heads)
+    qkv_bias = c.get("qkv_bias", family == "qwen2_moe") or c.get("attention_bias", False)
     tensors: dict[str, NDArray[np.generic]] = {}
 
-    def linear(name: str, out: int, inside: int, gain: float = 1.0) -> None:
+    def linear(name: str, out: int, inside: int, gain: float = 1.0, bias: bool = False) -> None:
         tensors[f"{name}.weight"] = rng.normal(0, gain / np.sqrt(inside), (out, inside))
+        if bias:
+            tensors[f"{name}.bias"] = rng.normal(0, 0.5, out)
 
     def norm(name: str, width: int) -> None:
         tensors[f"{name}.weight"] = rng.uniform(0.5, 1.5, width)
 
+    def mlp(name: str, width: int, parts: tuple[str, str, str]) -> None:
+        gate, up, down = parts
+        linear(f"{name}.{gate}", width, hidden)
+        linear(f"{name}.{up}", width, hidden)
+        linear(f"{name}.{down}", hidden, width, gain=2.0)
+
+    gated = ("gate_proj", "up_proj", "down_proj")
     tensors["model.embed_tokens.weight"] = rng.normal(0, 1, (c["vocab_size"], hidden))
     for layer in range(c["num_hidden_layers"]):
         p = f"model.layers.{layer}"
         norm(f"{p}.input_layernorm", hidden)
         norm(f"{p}.post_attention_layernorm", hidden)
-        norm(f"{p}.self_attn.q_norm", hidden)
-        norm(f"{p}.self_attn.k_norm", kv_width)
-        linear(f"{p}.self_attn.q_proj", hidden, hidden)
-        linear(f"{p}.self_attn.k_proj", kv_width, hidden)
-        linear(f"{p}.self_attn.v_proj", kv_width, hidden)
-        linear(f"{p}.self_attn.o_proj", hidden, hidden)
-        linear(f"{p}.mlp.gate", experts, hidden)
+        if family == "olmoe":
+            norm(f"{p}.self_attn.q_norm", width)
+            norm(f"{p}.self_attn.k_norm", kv_width)
+        if family == "qwen3_moe":
+            norm(f"{p}.self_attn.q_norm", head)
+            norm(f"{p}.self_attn.k_norm", head)
+        linear(f"{p}.self_attn.q_proj", width, hidden, bias=qkv_bias)
+        linear(f"{p}.self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
+        linear(f"{p}.self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
+        linear(f"{p}.self_attn.o_proj", hidden, width, bias=c.get("attention_bias", False))
+        dense = layer in (c.get("mlp_only_layers") or ())
+        if dense or (layer + 1) % c.get("decoder_sparse_step", 1):
+            mlp(f"{p}.mlp", c["intermediate_size"], gated)
+            continue
+        block = f"{p}.block_sparse_moe" if family == "mixtral" else f"{p}.mlp"
+        linear(f"{block}.gate", experts, hidden)
         for e in range(experts):
-            linear(f"{p}.mlp.experts.{e}.gate_proj", ffn, hidden)
-            linear(f"{p}.mlp.experts.{e}.up_proj", ffn, hidden)
-            linear(f"{p}.mlp.experts.{e}.down_proj", hidden, ffn, gain=2.0)
+            parts = ("w1", "w3", "w2") if family == "mixtral" else gated
+            mlp(f"{block}.experts.{e}", ffn, parts)
+        if family == "qwen2_moe":
+            mlp(f"{block}.shared_expert", c["shared_expert_intermediate_size"], gated)
+            linear(f"{block}.shared_expert_gate", 1, hidden)
     norm("model.norm", hidden)
     if not c["tie_word_embeddings"]:
         linear("lm_head", c["vocab_size"], hidden)

@@ -6,9 +6,14 @@ from knnmoe.export.architecture import NOT_DESCRIBED, Family
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 
+from .mixtral import MIXTRAL
 from .olmoe import OLMOE
+from .qwen2_moe import QWEN2_MOE
+from .qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (OLMOE,)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
+}
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

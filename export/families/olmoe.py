@@ -1,6 +1,6 @@
 """OLMoE: query and key norms over the full width, optional clipping, softmax routing."""
 
-from knnmoe.export.architecture import Family, TensorNames
+from knnmoe.export.architecture import ConfigNames, Family, TensorNames
 
 _LAYER = "model.layers.{layer}"
 _ATTENTION = f"{_LAYER}.self_attn"
@@ -27,6 +27,7 @@ OLMOE = Family(
         head="lm_head.weight",
         ignored=("rotary_emb.inv_freq",),
     ),
+    config=ConfigNames(clip_qkv="clip_qkv"),
     # What transformers' OlmoeConfig assumes where the file says nothing.
     defaults=(
         ("hidden_act", "silu"),

@@ -19,7 +19,7 @@ class Stream:
 
     Attributes:
         hidden: Residual stream [B, S, D] before the experts.
-        router_input: What router and experts read, [T, D].
+        router_input: What router and experts read, or a dense layer's own part, [T, D].
     """
 
     hidden: ir.Value
@@ -56,7 +56,7 @@ class Lowering(Protocol):
         """input_ids [B, S] → hidden [B, S, D]."""
 
     def first_norm(self, hidden: ir.Value, layer: int) -> ir.Value:
-        """The norm before attention where no experts come before it, [B, S, D]."""
+        """The norm before attention in the first layer, [B, S, D]."""
 
     def attention(
         self,
@@ -66,7 +66,7 @@ class Lowering(Protocol):
         past: Pair,
         step: Sequence[ir.Value],
     ) -> tuple[Stream, Pair]:
-        """Attention, residual sum and the norm before the router: (stream, the cache's outputs).
+        """Attention, residual sum and the norm after it: (stream, the cache's outputs).
 
         Args:
             hidden: Residual stream [B, S, D].
@@ -82,7 +82,10 @@ class Lowering(Protocol):
     def experts(
         self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
     ) -> ir.Value:
-        """The weighted sum of the chosen experts, in the shape of hidden, [B, S, D]."""
+        """The weighted sum of the chosen experts, and the shared one: like hidden, [B, S, D]."""
+
+    def dense(self, stream: Stream, layer: int) -> ir.Value:
+        """What a layer without a gate has in place of experts, like hidden, [B, S, D]."""
 
     def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> Pair:
         """Residual sum and the norm before the next attention: (hidden, normed), [B, S, D]."""

@@ -69,7 +69,7 @@ class OrtLowering:
         return self._g.op("Gather", self.weight(EMBEDDING), input_ids, axis=0)
 
     def first_norm(self, hidden: ir.Value, layer: int) -> ir.Value:
-        """The norm before attention where no experts come before it, [B, S, D]."""
+        """The norm before attention in the first layer, [B, S, D]."""
         return self._norm(hidden, layer_name(layer, "input_norm"))
 
     def attention(
@@ -80,17 +80,21 @@ class OrtLowering:
         past: Pair,
         step: Sequence[ir.Value],
     ) -> tuple[Stream, Pair]:
-        """Attention, residual sum and the norm before the router: (stream, (key, value) caches)."""
+        """Attention, residual sum and the norm after it: (stream, (key, value) caches)."""
         g, a = self._g, self._a
+        window = a.layers[layer].window
+        windowed = {} if window is None else {"local_window_size": window}
         query, key, value = self._query_key_value(normed, layer)
         outputs = g.ops(
             "GroupQueryAttention", query, key, value, *past, *step,
             self.weight(ROPE_COS), self.weight(ROPE_SIN),
             count=3, domain=CONTRIB, num_heads=a.shape.num_heads,
-            kv_num_heads=a.shape.num_kv_heads, do_rotary=1,
+            kv_num_heads=a.shape.num_kv_heads, do_rotary=1, **windowed,
         )  # fmt: skip
         attended = self._flat(outputs[0], a.query_width)
         projected = self._linear(attended, layer_name(layer, "output"))
+        if a.output_bias:
+            projected = g.op("Add", projected, self.weight(layer_name(layer, "output_bias")))
         projected = g.op("Reshape", projected, g.op("Shape", hidden))
         router_input, hidden = self._add_norm(hidden, projected, layer_name(layer, "router_norm"))
         stream = Stream(hidden, self._flat(router_input, a.shape.hidden_size))
@@ -103,8 +107,19 @@ class OrtLowering:
     def experts(
         self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
     ) -> ir.Value:
-        """The weighted sum of the chosen experts, in the shape of hidden, [B, S, D]."""
-        mixed = self._experts(self, stream.router_input, expert_ids, expert_weights, layer)
+        """The weighted sum of the chosen experts, and the shared one: like hidden, [B, S, D]."""
+        g, rows = self._g, stream.router_input
+        mixed = self._experts(self, rows, expert_ids, expert_weights, layer)
+        if self._a.shared_width is not None:
+            shared = self._gated(rows, layer, "shared", self._a.shared_width)
+            share = g.op("Sigmoid", self._linear(rows, layer_name(layer, "shared_router")))
+            mixed = g.op("Add", mixed, g.op("Mul", share, shared))
+        return g.op("Reshape", mixed, g.op("Shape", stream.hidden))
+
+    def dense(self, stream: Stream, layer: int) -> ir.Value:
+        """What a layer without a gate has in place of experts, like hidden, [B, S, D]."""
+        assert self._a.dense_width is not None
+        mixed = self._gated(stream.router_input, layer, "dense", self._a.dense_width)
         return self._g.op("Reshape", mixed, self._g.op("Shape", stream.hidden))
 
     def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> Pair:
@@ -156,9 +171,12 @@ class OrtLowering:
         g, a = self._g, self._a
         widths = (a.query_width, a.kv_width, a.kv_width)
         packed = self._linear(self._flat(normed, a.shape.hidden_size), layer_name(layer, "qkv"))
+        if a.attention_bias:
+            packed = g.op("Add", packed, self.weight(layer_name(layer, "qkv_bias")))
         query, key, value = g.ops("Split", packed, g.ints(*widths), count=3, axis=1)
-        query = self._norm(query, layer_name(layer, "query_norm"))
-        key = self._norm(key, layer_name(layer, "key_norm"))
+        if a.family.tensors.query_norm is not None:
+            query = self._norm(self._for_norm(query), layer_name(layer, "query_norm"))
+            key = self._norm(self._for_norm(key), layer_name(layer, "key_norm"))
         batch = g.op("Shape", normed, start=0, end=2)
         parts = []
         for part, width in zip((query, key, value), widths, strict=True):
@@ -166,6 +184,20 @@ class OrtLowering:
             shape = g.op("Concat", batch, g.ints(width), axis=0)
             parts.append(g.op("Reshape", bounded, shape))
         return parts[0], parts[1], parts[2]
+
+    def _for_norm(self, part: ir.Value) -> ir.Value:
+        """Queries or keys [T, width] with what a norm is over as their last axis."""
+        if not self._a.family.head_norms:
+            return part
+        return self._g.op("Reshape", part, self._g.ints(0, -1, self._a.shape.head_size))
+
+    def _gated(self, rows: ir.Value, layer: int, part: str, width: int) -> ir.Value:
+        """down(silu(gate) · up) of a part that every token goes through: rows [T, D] → [T, D]."""
+        g = self._g
+        packed = self._linear(rows, layer_name(layer, f"{part}_gate_up"))
+        gate, up = g.ops("Split", packed, g.ints(width, width), count=2, axis=1)
+        active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+        return self._linear(active, layer_name(layer, f"{part}_down"))
 
     def _clip(self, value: ir.Value, bound: float) -> ir.Value:
         low, high = (self._g.constant(b, np.float32) for b in (-bound, bound))

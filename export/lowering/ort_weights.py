@@ -7,11 +7,12 @@ as fast, needs no transposed copy, and lets a tied head share the embedding's by
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnmoe.export.architecture import Architecture
+from knnmoe.export.architecture import Architecture, TensorNames, layer_tensors
 from knnmoe.export.weights import PlannedTensor, row_chunks
 from knnmoe.runtime.checkpoint import Checkpoint
 
@@ -39,26 +40,62 @@ def segment_weights(
         copied(EMBEDDING, names.embedding, size=(shape.vocab_size, hidden))
         planned.extend(_rope(architecture))
     else:
-        planned.extend(_experts(architecture, checkpoint, segment - 1))
-    if segment < shape.num_layers:
-        layer, query, kv = segment, architecture.query_width, architecture.kv_width
-
-        def of_layer(part: str, *templates: str, size: tuple[int, ...]) -> None:
-            sources = (template.format(layer=layer) for template in templates)
-            copied(layer_name(layer, part), *sources, size=size)
-
-        of_layer("input_norm", names.input_norm, size=(hidden,))
-        of_layer("qkv", names.query, names.key, names.value, size=(query + 2 * kv, hidden))
-        of_layer("query_norm", names.query_norm, size=(query,))
-        of_layer("key_norm", names.key_norm, size=(kv,))
-        of_layer("output", names.output, size=(hidden, query))
-        of_layer("router_norm", names.router_norm, size=(hidden,))
-        of_layer("router", names.router, size=(shape.num_experts, hidden))
-    else:
+        layer = architecture.gate_layers[segment - 1]
+        planned.extend(_experts(architecture, checkpoint, layer))
+        planned.extend(_copies(architecture, checkpoint, layer, _shared(names)))
+    for layer in architecture.segment_layers(segment):
+        dense = architecture.layers[layer].gate is None
+        parts = _attention(names) | (_dense(names) if dense else {"router": (names.router,)})
+        planned.extend(_copies(architecture, checkpoint, layer, parts))
+    if segment == shape.num_gates:
         copied(FINAL_NORM, names.final_norm, size=(hidden,))
         if not architecture.tied_head:
             copied(HEAD, names.head, size=(shape.vocab_size, hidden))
     return planned
+
+
+Parts = dict[str, tuple[str | None, ...]]  # a weight → the tensors it consists of, one on another
+
+
+def _attention(names: TensorNames) -> Parts:
+    return {
+        "input_norm": (names.input_norm,),
+        "qkv": (names.query, names.key, names.value),
+        "qkv_bias": (names.query_bias, names.key_bias, names.value_bias),
+        "query_norm": (names.query_norm,),
+        "key_norm": (names.key_norm,),
+        "output": (names.output,),
+        "output_bias": (names.output_bias,),
+        "router_norm": (names.router_norm,),
+    }
+
+
+def _dense(names: TensorNames) -> Parts:
+    return {
+        "dense_gate_up": (names.dense_gate, names.dense_up),
+        "dense_down": (names.dense_down,),
+    }
+
+
+def _shared(names: TensorNames) -> Parts:
+    return {
+        "shared_gate_up": (names.shared_gate, names.shared_up),
+        "shared_down": (names.shared_down,),
+        "shared_router": (names.shared_router,),
+    }
+
+
+def _copies(
+    architecture: Architecture, checkpoint: Checkpoint, layer: int, parts: Parts
+) -> Iterator[PlannedTensor]:
+    """Those of the parts that the layer has."""
+    sizes = layer_tensors(architecture, layer)
+    for part, templates in parts.items():
+        sources = tuple(name.format(layer=layer) for name in templates if name is not None)
+        if sources and sources[0] in sizes:
+            rows = sum(sizes[name][0] for name in sources)
+            size = (rows, *sizes[sources[0]][1:])
+            yield PlannedTensor(layer_name(layer, part), size, partial(_rows, checkpoint, sources))
 
 
 def _rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[NDArray[np.float32]]:

@@ -83,23 +83,36 @@ class StdLowering:
         ops = self._ops
         (past_lengths,) = step
         heads = self._heads(normed, layer)
-        attended, cached = self._attend(ops, heads, past, past_lengths)
+        attended, cached = self._attend(ops, heads, past, past_lengths, ops.a.layers[layer].window)
         projected = ops.linear(ops.flat(attended, ops.a.query_width), layer_name(layer, "output"))
+        if ops.a.output_bias:
+            projected = ops.biased(projected, layer_name(layer, "output_bias"))
         hidden = ops.g.op("Add", hidden, ops.like(projected, hidden))
         router_input = ops.norm(hidden, layer_name(layer, "router_norm"))
         return Stream(hidden, ops.flat(router_input, ops.a.shape.hidden_size)), cached
 
     def router(self, router_input: ir.Value, layer: int) -> ir.Value:
         """See `Lowering.router`; float32 in every precision, as the router decides."""
-        weight = self._ops.weight(layer_name(layer, "router"))
-        return self._ops.g.op("Gemm", router_input, weight, transB=1)
+        return self._logits_of(router_input, layer, "router")
 
     def experts(
         self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
     ) -> ir.Value:
         """See `Lowering.experts`."""
-        mixed = self._experts(self._ops, stream.router_input, expert_ids, expert_weights, layer)
-        return self._ops.like(mixed, stream.hidden)
+        ops, rows = self._ops, stream.router_input
+        mixed = self._experts(ops, rows, expert_ids, expert_weights, layer)
+        if ops.a.shared_width is not None:
+            shared = ops.gated(rows, layer, "shared", ops.a.shared_width)
+            share = ops.g.op("Sigmoid", self._logits_of(rows, layer, "shared_router"))
+            mixed = ops.g.op("Add", mixed, ops.g.op("Mul", share, shared))
+        return ops.like(mixed, stream.hidden)
+
+    def dense(self, stream: Stream, layer: int) -> ir.Value:
+        """See `Lowering.dense`."""
+        ops = self._ops
+        assert ops.a.dense_width is not None
+        mixed = ops.gated(stream.router_input, layer, "dense", ops.a.dense_width)
+        return ops.like(mixed, stream.hidden)
 
     def next_norm(self, hidden: ir.Value, mixed: ir.Value, layer: int) -> Pair:
         """See `Lowering.next_norm`."""
@@ -113,14 +126,22 @@ class StdLowering:
         rows = ops.norm(ops.g.op("Gather", flat, logit_rows, axis=0), FINAL_NORM)
         return ops.linear(rows, EMBEDDING if ops.a.tied_head else HEAD)
 
+    def _logits_of(self, rows: ir.Value, layer: int, part: str) -> ir.Value:
+        """Rows [T, D] by a router [n, D], in float32 → [T, n]."""
+        weight = self._ops.weight(layer_name(layer, part))
+        return self._ops.g.op("Gemm", rows, weight, transB=1)
+
     def _heads(self, normed: ir.Value, layer: int) -> Heads:
         """normed [B, S, D] → query, key and value by head."""
         g, ops, a = self._ops.g, self._ops, self._ops.a
         widths = (a.query_width, a.kv_width, a.kv_width)
         packed = ops.linear(ops.flat(normed, a.shape.hidden_size), layer_name(layer, "qkv"))
+        if a.attention_bias:
+            packed = ops.biased(packed, layer_name(layer, "qkv_bias"))
         query, key, value = g.ops("Split", packed, g.ints(*widths), count=3, axis=1)
-        query = ops.norm(query, layer_name(layer, "query_norm"))
-        key = ops.norm(key, layer_name(layer, "key_norm"))
+        if a.family.tensors.query_norm is not None:
+            query = ops.norm(self._for_norm(query), layer_name(layer, "query_norm"))
+            key = ops.norm(self._for_norm(key), layer_name(layer, "key_norm"))
         batch = g.op("Shape", normed, start=0, end=2)
         parts = []
         for part, width in zip((query, key, value), widths, strict=True):
@@ -129,3 +150,9 @@ class StdLowering:
             size = g.ints(width // a.shape.head_size, a.shape.head_size)
             parts.append(g.op("Reshape", part, g.op("Concat", batch, size, axis=0)))
         return Heads(*parts)
+
+    def _for_norm(self, part: ir.Value) -> ir.Value:
+        """Queries or keys [T, width] with what a norm is over as their last axis."""
+        if not self._ops.a.family.head_norms:
+            return part
+        return self._ops.g.op("Reshape", part, self._ops.g.ints(0, -1, self._ops.a.shape.head_size))

@@ -1,7 +1,8 @@
 """Attention over a cache of fixed capacity, in the operators of the `std` lowering.
 
 Token s of sequence b stands at position past_lengths[b] + s. It sees the columns of the cache below
-past_lengths[b] and the tokens of the step up to itself. So a row of padding behind the tokens of a
+past_lengths[b] and the tokens of the step up to itself; of these, in a layer with a window, as many
+as the window has, itself the last. So a row of padding behind the tokens of a
 sequence is seen by none of them, and sees at least itself: no row of the softmax is empty.
 
 What nobody sees is still multiplied by a weight of zero, so it must be finite. A row that has
@@ -39,7 +40,7 @@ class Heads:
 
 
 def primitive_attention(
-    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value
+    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, window: int | None
 ) -> tuple[ir.Value, Pair]:
     """Attention in products and a softmax: (attended [B, S, heads, head size], (key, value)).
 
@@ -57,8 +58,11 @@ def primitive_attention(
     query = ops.narrow(g.op("Reshape", query, rows))
     rotated = _rotated(ops, heads.key, past_lengths)
     key, value = (ops.narrow(_finite(ops, _by_head(ops, part))) for part in (rotated, heads.value))
-    seen_past = ops.once("seen of the past", lambda: _seen_past(ops, past[0], past_lengths))
-    seen_new = ops.once("seen of the new", lambda: _seen_new(ops, key, group))
+    seen_past = ops.once(
+        f"seen of the past in {window}",
+        lambda: _seen_past(ops, past[0], key, past_lengths, group, window),
+    )
+    seen_new = ops.once(f"seen of the new in {window}", lambda: _seen_new(ops, key, group, window))
     scores = g.op(
         "Concat",
         _scores(ops, query, past[0], seen_past),
@@ -83,7 +87,7 @@ def primitive_attention(
 
 
 def modern_attention(
-    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value
+    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, window: int | None
 ) -> tuple[ir.Value, Pair]:
     """Attention by operators of opset 24: (attended [B, S, heads, head size], (key, value)).
 
@@ -100,12 +104,14 @@ def modern_attention(
         g.op("TensorScatter", cached, added, past_lengths, axis=2)
         for cached, added in zip(past, (key, value), strict=True)
     )
-    seen = ops.once("seen", lambda: _seen(ops, past[0], heads.query, past_lengths))
+    seen = ops.once(
+        f"seen in {window}", lambda: _seen(ops, past[0], heads.query, past_lengths, window)
+    )
     attended = g.op("Attention", query, keys, values, seen)
     return ops.widen(_by_head(ops, attended)), (keys, values)
 
 
-Attention = Callable[[StdOps, Heads, Pair, ir.Value], tuple[ir.Value, Pair]]
+Attention = Callable[[StdOps, Heads, Pair, ir.Value, int | None], tuple[ir.Value, Pair]]
 
 ATTENTION: dict[Operators, Attention] = {
     "primitive": primitive_attention,
@@ -175,26 +181,61 @@ def _scores(ops: StdOps, query: ir.Value, keys: ir.Value, seen: ir.Value) -> ir.
     return g.op("Where", seen, ops.widen(product), ops.number(_UNSEEN))
 
 
-def _seen_past(ops: StdOps, keys: ir.Value, past_lengths: ir.Value) -> ir.Value:
-    """Which columns of the cache are tokens, [B, 1, 1, capacity]."""
+def _seen_past(
+    ops: StdOps,
+    keys: ir.Value,
+    key: ir.Value,
+    past_lengths: ir.Value,
+    group: int,
+    window: int | None,
+) -> ir.Value:
+    """Which columns of the cache the rows see, [B, 1, 1, capacity]; in a window, S · group rows.
+
+    Args:
+        keys: Of the cache, [B, KV heads, capacity, head size].
+        key: Of the step, [B, KV heads, S, head size].
+    """
     g = ops.g
     lengths = g.op("Unsqueeze", past_lengths, g.ints(1, 2, 3))
-    return g.op("Less", ops.axis_range(keys, 2), lengths)
+    columns = ops.axis_range(keys, 2)
+    tokens = g.op("Less", columns, lengths)
+    if window is None:
+        return tokens
+    rows = _rows(ops, ops.axis_range(key, 2), group)
+    positions = g.op("Add", lengths, rows)  # [B, 1, S · group, 1]
+    return g.op("And", tokens, _within(ops, positions, columns, window))
 
 
-def _seen_new(ops: StdOps, key: ir.Value, group: int) -> ir.Value:
+def _seen_new(ops: StdOps, key: ir.Value, group: int, window: int | None) -> ir.Value:
     """Which of the step's tokens the rows see, [S · group, S]."""
-    g = ops.g
     tokens = ops.axis_range(key, 2)
+    rows = _rows(ops, tokens, group)
+    seen = ops.g.op("GreaterOrEqual", rows, tokens)
+    return seen if window is None else ops.g.op("And", seen, _within(ops, rows, tokens, window))
+
+
+def _rows(ops: StdOps, tokens: ir.Value, group: int) -> ir.Value:
+    """The token of each row of a product, [S · group, 1], of the tokens [S]."""
+    g = ops.g
     rows = g.op("Unsqueeze", tokens, g.ints(1))
     if group > 1:
         size = g.op("Concat", g.op("Shape", tokens), g.ints(group), axis=0)
         rows = g.op("Reshape", g.op("Expand", rows, size), g.ints(-1, 1))
-    return g.op("GreaterOrEqual", rows, tokens)
+    return rows
 
 
-def _seen(ops: StdOps, keys: ir.Value, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
+def _seen(
+    ops: StdOps, keys: ir.Value, part: ir.Value, past_lengths: ir.Value, window: int | None
+) -> ir.Value:
     """Which columns of the cache the rows see, [B, 1, S, capacity]."""
     g = ops.g
     rows = g.op("Unsqueeze", _positions(ops, part, past_lengths), g.ints(1, 3))
-    return g.op("LessOrEqual", ops.axis_range(keys, 2), rows)
+    columns = ops.axis_range(keys, 2)
+    seen = g.op("LessOrEqual", columns, rows)
+    return seen if window is None else g.op("And", seen, _within(ops, rows, columns, window))
+
+
+def _within(ops: StdOps, rows: ir.Value, columns: ir.Value, window: int) -> ir.Value:
+    """Whether a column is among the last `window` up to the row's own, or beyond that."""
+    g = ops.g
+    return g.op("Greater", columns, g.op("Sub", rows, g.constant(window, np.int64)))

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from knnmoe.export.architecture import Architecture
 from knnmoe.export.graph import GraphBuilder, StoredTensor
 
+from .ort_weights import layer_name
+
 Operators = Literal["primitive", "modern"]
 Precision = Literal["float32", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16")
@@ -95,6 +97,18 @@ class StdOps:
         """rows [T, in] by a weight [out, in] → [T, out]."""
         weight = self.narrow_weight(name)
         return self.widen(self.g.op("Gemm", self.narrow(rows), weight, transB=1))
+
+    def biased(self, rows: ir.Value, name: str) -> ir.Value:
+        """Rows [T, n] and a bias [n], float32."""
+        return self.g.op("Add", rows, self.weight(name))
+
+    def gated(self, rows: ir.Value, layer: int, part: str, width: int) -> ir.Value:
+        """down(silu(gate) · up) of a part that every token goes through: rows [T, D] → [T, D]."""
+        g = self.g
+        packed = self.linear(rows, layer_name(layer, f"{part}_gate_up"))
+        gate, up = g.ops("Split", packed, g.ints(width, width), count=2, axis=1)
+        active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+        return self.linear(active, layer_name(layer, f"{part}_down"))
 
     def norm(self, value: ir.Value, name: str) -> ir.Value:
         """Root-mean-square norm over the last axis, times the weight."""
