@@ -31,9 +31,11 @@ from .confidence import (
     separations,
 )
 from .evidence import measure_evidence
+from .overlap import seen_sequences
 from .texts import TokenText, read_text
 
 DEFAULT_MAX_TOKENS = 6000
+MAX_SEEN = 0.1  # share of a text's sequences that may be in the memory
 
 # (tokens done, in all)
 Progress = Callable[[int, int], None]
@@ -127,6 +129,7 @@ def calibrate(
         )
     opened = MemoryPack.open(pack)
     model = Model.load(bundle, threads=threads)
+    opened.check_belongs_to(model.identity)
     shape = model.bundle.manifest.architecture
     texts = {
         name: read_text(
@@ -147,6 +150,7 @@ def calibrate(
                 found=f"{len(text.sequences)} of at most {max_length} tokens",
                 fix="Give more text, or a larger --max-tokens.",
             )
+    _check_held_out(opened, texts)
     bench = _Bench(model, opened, texts, ways, progress)
     by_neighbors = bench.separations()
     grid = [candidate(opened, way, by_neighbors) for way in ways]
@@ -243,6 +247,30 @@ class _Bench:
         self._done += tokens
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+
+def _check_held_out(pack: MemoryPack, texts: Mapping[str, TokenText]) -> None:
+    domain, general = texts["domain"], texts["general"]
+    if domain.sha256 == general.sha256:
+        raise InputError(
+            ", ".join(general.names),
+            "is given as domain and as general text",
+            expected="text that the memory is not for",
+            fix="Give other text with --general.",
+        )
+    origins = pack.read_origins()
+    if origins is None:
+        return
+    for name, text in texts.items():
+        seen = seen_sequences(origins, [sequence.tokens for sequence in text.sequences])
+        if seen > MAX_SEEN * len(text.sequences):
+            raise InputError(
+                ", ".join(text.names),
+                "is in the memory already, so nothing can be measured on it",
+                expected="text that the memory was not built from",
+                found=f"{seen} of {len(text.sequences)} sequences in its entries",
+                fix=f"Give held-out text with --{name}.",
+            )
 
 
 def _figures(text: TokenText, chosen: Interval, cross: Interval) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
 from knnmoe.runtime.model import Model
 from tiny import make_tiny_olmoe
 
-STORY = ["the spring ", "was late ", "that year ", "a heron ", "waited ", "by the river "]
+STORY = [
+    "the spring ", "was late ", "that year ", "a heron ", "waited ", "by the river ", "till May ",
+    "nobody crossed ", "the water ", "stood high ",
+]  # fmt: skip
 CODE = ["RETURN 1; ", "IF x>0 ", "RAISE ", "CALL f(y) ", "[0,1] ", "{} "]
 SMALL = (
     Way("residual", 4, 0.5, "sequence"),
@@ -181,6 +184,22 @@ def test_a_memory_of_another_model_is_refused(
     export(make_tiny_olmoe(tmp_path / "other", seed=1), tmp_path / "bundle")
     with pytest.raises(MemoryPackError, match="another model"):
         run(tmp_path / "bundle", learned.path, texts)
+
+
+def test_text_that_the_memory_was_built_from_is_refused(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts
+) -> None:
+    before = content(learned.path)
+    with pytest.raises(InputError, match=r"reference\.jsonl.*16 of 16 sequences"):
+        run(tiny_bundle, learned.path, texts | {"domain": texts["reference"]})
+    assert content(learned.path) == before
+
+
+def test_domain_and_general_text_must_differ(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts
+) -> None:
+    with pytest.raises(InputError, match="as domain and as general"):
+        run(tiny_bundle, learned.path, texts | {"general": texts["domain"]})
 
 
 def test_bad_input_is_refused(tiny_bundle: Path, learned: MemoryPack, texts: Texts) -> None:

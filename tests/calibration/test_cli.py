@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import fields
@@ -148,9 +149,10 @@ def test_calibrate_prints_one_json_object(
     tiny_bundle: Path,
     tmp_path: Path,
 ) -> None:
-    story = ["the spring was late ", "that year a heron ", "waited by the river "]
-    for name, words in (("reference", story), ("domain", story), ("general", ["x = 1; ", "{} "])):
-        lines = [" ".join(words[(i * j) % len(words)] for j in range(5)) for i in range(1, 10)]
+    rng = random.Random(0)
+    story = ["the", "spring", "was", "late", "that", "year", "a", "heron", "waited", "till", "May"]
+    for name, words in (("reference", story), ("domain", story), ("general", ["x=1;", "{}", "if"])):
+        lines = [" ".join(rng.choices(words, k=15)) for _ in range(12)]
         content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(content)
     built = call("build", tiny_checkpoint, tmp_path / "reference.jsonl", tmp_path / "p", *SMALL)
