@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from knnmoe import __version__
-from knnmoe.runtime.bundle import PRECISIONS
+from knnmoe.runtime.bundle import BLOCK_SIZES, PRECISIONS
 from knnmoe.runtime.cli_support import outcome
 from knnmoe.runtime.errors import BackendError
 
@@ -37,7 +38,20 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 @click.option("--verify", "verified", is_flag=True,
               help="Compare with transformers before the bundle takes its name.")  # fmt: skip
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
-              help="Of the experts.")  # fmt: skip
+              help="Of the stored weights; int8 and int4 of experts and projections, with the rest "
+                   "in fp16. Routers stay fp32.")  # fmt: skip
+@click.option("--block-size", type=click.Choice([str(size) for size in BLOCK_SIZES]),
+              help="int8, int4: weights that share a scale; by default the largest that suits the "
+                   "shapes, the fastest. Smaller is more accurate.")  # fmt: skip
+@click.option("--zero-points", is_flag=True,
+              help="int8, int4: a zero point for each block.")  # fmt: skip
+@click.option("--exact-activations", is_flag=True,
+              help="int4: multiply with fp32, not with activations rounded to 8 bits; up to three "
+                   "times slower.")  # fmt: skip
+@click.option("--quantize-head", is_flag=True, help="int8, int4: store the head in 8 bits.")
+@click.option("--no-scale-search", is_flag=True,
+              help="int8, int4: take each block's range as it is; exports sooner, and is less "
+                   "accurate.")  # fmt: skip
 @click.option("--experts-per-token", type=click.IntRange(min=1),
               help="Room for experts a token; more than the model's own lets the assignment "
                    "variant mix further experts in.")  # fmt: skip
@@ -52,6 +66,11 @@ def main(
     bundle: Path,
     verified: bool,
     precision: str,
+    block_size: str | None,
+    zero_points: bool,
+    exact_activations: bool,
+    quantize_head: bool,
+    no_scale_search: bool,
     experts_per_token: int | None,
     no_fused: bool,
     overwrite: bool,
@@ -72,6 +91,7 @@ def main(
                 fix="Run `pip install 'knnmoe[export]'`.",
             ) from error
         from .progress import export_bars
+        from .storage import QuantizeOptions
         from .verify import require_reference, verify
 
         if verified:
@@ -86,6 +106,13 @@ def main(
                 checkpoint,
                 bundle,
                 precision=precision,
+                options=QuantizeOptions(
+                    block_size=None if block_size is None else int(block_size),
+                    zero_points=zero_points,
+                    exact_activations=exact_activations,
+                    quantize_head=quantize_head,
+                    search=not no_scale_search,
+                ),
                 experts_per_token=experts_per_token,
                 fused=not no_fused,
                 overwrite=overwrite,
@@ -103,9 +130,14 @@ def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:
         "gates": report.gates,
         "segments": report.segments,
         "fused": report.fused,
+        "precision": report.storage.precision,
         "bytes": report.total_bytes,
         "seconds": round(report.seconds, 3),
     }
+    if report.storage.quantization is not None:
+        figures["quantization"] = asdict(report.storage.quantization)
+    if report.errors:
+        figures["weight_errors"] = [asdict(error) for error in report.errors]
     if check is not None:
         figures |= {
             "max_abs_error": check.max_abs_error,
@@ -115,6 +147,8 @@ def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:
             "ties": check.ties,
             "tolerance": check.tolerance,
         }
+        if check.activations is not None:
+            figures["activation_error"] = check.activations
     return figures
 
 

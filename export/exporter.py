@@ -6,7 +6,8 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ from knnmoe import __version__
 from knnmoe.runtime.atomic import check_replaceable, new_directory
 from knnmoe.runtime.bundle import (
     GATE_GRAPHS,
-    PRECISIONS,
+    QUANTIZED_ONNXRUNTIME,
     TOKENIZER,
     Bundle,
     FileSpec,
     FusedSpec,
     GraphSpec,
     Manifest,
+    Quantization,
     SegmentSpec,
     describe_file,
     write_manifest,
@@ -34,9 +36,13 @@ from .architecture import Architecture, describe
 from .families import family_of
 from .gate_graphs import gate_functions, gate_graph
 from .graph import GraphBuilder, save
+from .lowering.base import Lowering
+from .lowering.ort_quantized import QuantizedOrtLowering
 from .lowering.ort_weights import segment_weights
+from .quantize import TensorError
 from .split import ModelPlan, fused_graph, segment_graph, segment_layers
-from .weights import PlannedFile, plan_file, write_file
+from .storage import QuantizeOptions, Storage, storage_for
+from .weights import PlannedTensor, plan_file, write_file
 
 FUSED_GATE = "cosine"  # the gate graph inside the fused layout
 GENERATION_CONFIG = "generation_config.json"
@@ -60,6 +66,7 @@ class ExportReport:
         fused: Whether the fused layout is in it.
         files: Every file with its size, in the order of the manifest.
         seconds: How long it took, without the check.
+        storage: In what form the weights are.
     """
 
     bundle: Path
@@ -68,6 +75,12 @@ class ExportReport:
     fused: bool
     files: Mapping[str, FileSpec]
     seconds: float
+    storage: Storage
+
+    @property
+    def errors(self) -> tuple[TensorError, ...]:
+        """What storing changed, for each weight that is not stored as fp32."""
+        return self.storage.errors
 
     @property
     def total_bytes(self) -> int:
@@ -80,6 +93,7 @@ def export(
     bundle: str | Path,
     *,
     precision: str = "fp32",
+    options: QuantizeOptions | None = None,
     experts_per_token: int | None = None,
     fused: bool = True,
     overwrite: bool = False,
@@ -91,7 +105,10 @@ def export(
     Args:
         checkpoint: Opened, or its directory.
         bundle: The directory to create.
-        precision: Of the experts.
+        precision: Of the weights: `fp32`; `fp16`, which is as exact as the checkpoint where that is
+            fp16, and computed in fp32; `int8` or `int4` for experts and projections, `fp16` for the
+            rest. The router stays fp32.
+        options: Of `int8` and `int4`.
         experts_per_token: k of the seam; by default what the routing rule selects. More leaves room
             for the `assignment` variant to mix further experts in.
         fused: Also write the fused layout; it shares the weights, so it costs no space.
@@ -101,7 +118,7 @@ def export(
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or exported.
-        SettingError: If precision or experts_per_token is out of range.
+        SettingError: If precision or experts_per_token is out of range, or an option does not fit.
         OutputError: If the bundle cannot be written. Nothing is left behind then.
     """
     started = time.perf_counter()
@@ -109,15 +126,19 @@ def export(
     target = Path(bundle).absolute()
     _check_apart(source, target)
     check_replaceable(target, overwrite=overwrite)
-    if precision not in PRECISIONS:
-        raise SettingError(
-            "precision", "not supported", expected=" or ".join(PRECISIONS), found=precision
-        )
+    _refuse_quantized(source)
     family = family_of(source)
     architecture = describe(source, family)
     room = _experts_per_token(architecture, experts_per_token)
     copies = _copied_files(source)
-    weights = _plan_weights(architecture, source)
+    planned = _plan_weights(architecture, source)
+    storage = storage_for(
+        precision,
+        options or QuantizeOptions(),
+        [tensor for tensors in planned.values() for tensor in tensors],
+        tied_head=architecture.tied_head,
+    )
+    weights = [plan_file(name, storage.of(tensors)) for name, tensors in planned.items()]
     needed = sum(plan.nbytes for plan in weights) + sum(map(len, copies.values())) + _REST_BYTES
     with new_directory(target, overwrite=overwrite, needed_bytes=needed) as directory:
         fingerprint = source.fingerprint(_counter("fingerprint", source.total_bytes, progress))
@@ -126,6 +147,8 @@ def export(
             (directory / folder).mkdir()
         stored = {name: tensor for plan in weights for name, tensor in plan.stored.items()}
         plan = ModelPlan(architecture, stored, room, precision)
+        if precision != "fp32":
+            plan = replace(plan, lower=partial(_lower_quantized, storage.quantization))
         segments = []
         for index in range(architecture.shape.num_gates + 1):
             g = segment_graph(plan, index)
@@ -166,6 +189,8 @@ def export(
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
+            quantization=storage.quantization,
+            minimum_onnxruntime=QUANTIZED_ONNXRUNTIME if storage.quantization else None,
         )
         write_manifest(directory, manifest)
         seconds = time.perf_counter() - started
@@ -178,6 +203,7 @@ def export(
         fused=fused,
         files=files,
         seconds=seconds,
+        storage=storage,
     )
 
 
@@ -204,11 +230,35 @@ def _experts_per_token(architecture: Architecture, asked: int | None) -> int:
     return asked
 
 
-def _plan_weights(architecture: Architecture, source: Checkpoint) -> list[PlannedFile]:
-    return [
-        plan_file(f"{index:02d}.safetensors", segment_weights(architecture, source, index))
+def _plan_weights(architecture: Architecture, source: Checkpoint) -> dict[str, list[PlannedTensor]]:
+    """Name of each weights file → what it would hold as fp32."""
+    return {
+        f"{index:02d}.safetensors": segment_weights(architecture, source, index)
         for index in range(architecture.shape.num_gates + 1)
-    ]
+    }
+
+
+def _lower_quantized(
+    quantization: Quantization | None, plan: ModelPlan, g: GraphBuilder
+) -> Lowering:
+    return QuantizedOrtLowering(
+        g, plan.architecture, plan.stored, plan.experts_per_token, quantization
+    )
+
+
+def _refuse_quantized(source: Checkpoint) -> None:
+    """Only weights as they were trained can be exported: those of others mean something else."""
+    found = source.config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+    raise CheckpointError(
+        f"{source.path / CONFIG}: quantization_config",
+        "the checkpoint is quantised already, and its weights cannot be read as they are",
+        expected="weights in float32, float16 or bfloat16",
+        found=str(method)[:100],
+        fix="Export the checkpoint it was made from, with --precision int8 or int4.",
+    )
 
 
 def _write_graph(

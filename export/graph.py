@@ -26,17 +26,19 @@ _DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
+    "uint8": ir.DataType.UINT8,
 }
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a weight lies: `length` bytes from `offset` in the file `location`, as fp32."""
+    """Where a weight lies: `length` bytes from `offset` in the file `location`."""
 
     location: str
     offset: int
     length: int
     shape: tuple[int, ...]
+    dtype: str = "float32"  # or `float16`, `uint8`
 
 
 class GraphBuilder:
@@ -82,11 +84,11 @@ class GraphBuilder:
                 stored.location,
                 stored.offset,
                 stored.length,
-                ir.DataType.FLOAT,
+                _DTYPES[stored.dtype],
                 shape=ir.Shape(stored.shape),
                 name=name,
             )
-            value = _typed(ir.Value(name=name, const_value=tensor), "float32", stored.shape)
+            value = _typed(ir.Value(name=name, const_value=tensor), stored.dtype, stored.shape)
             self._weights[name] = value
         return self._weights[name]
 

@@ -107,7 +107,7 @@ def quantize(rows: Floats, scheme: Scheme) -> Quantized:
     # Everything below works in units of the block's largest magnitude: squares neither overflow nor
     # vanish, whatever the size of the weights.
     zero = largest < TINY
-    unit = blocks / np.where(zero, np.float32(1), largest)[:, None]
+    unit = np.divide(blocks, np.where(zero, 1, largest)[:, None], dtype=np.float32)
     unit[zero] = 0
     find = _asymmetric if scheme.zero_points else _symmetric
     scale, zero_point = find(unit, scheme)
@@ -129,7 +129,7 @@ def pack(codes: Codes, bits: int) -> Codes:
         return codes
     if codes.shape[1] % 2:
         codes = np.pad(codes, ((0, 0), (0, 1)))
-    packed: Codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    packed: Codes = codes[:, 0::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
     return packed
 
 
@@ -232,9 +232,8 @@ def _best(
 
 def _codes(unit: Floats, scale: Floats, point: Floats, scheme: Scheme) -> Floats:
     """Codes [M, block], as floats; the zero point where the scale is 0."""
-    codes: Floats = _divided(unit, scale[:, None])
-    np.rint(codes, out=codes)
-    codes += point[:, None]
+    codes = np.rint(_divided(unit, scale[:, None]))
+    np.add(codes, point[:, None], out=codes)
     return np.clip(codes, 0, scheme.levels, out=codes)
 
 
@@ -247,7 +246,7 @@ def _refitted(unit: Floats, codes: Floats, scale: Floats, point: Floats) -> Floa
 
 
 def _squared_error(unit: Floats, codes: Floats, scale: Floats, point: Floats) -> Floats:
-    error = (codes - point[:, None]) * scale[:, None]
+    error = np.multiply(codes - point[:, None], scale[:, None], dtype=np.float32)
     error -= unit
     total: Floats = np.einsum("mb,mb->m", error, error)
     return total
@@ -256,5 +255,5 @@ def _squared_error(unit: Floats, codes: Floats, scale: Floats, point: Floats) ->
 def _divided(numbers: Floats, divisors: Floats) -> Floats:
     """Quotients, 0 where the divisor is 0."""
     some = divisors != 0
-    quotients: Floats = numbers / np.where(some, divisors, np.float32(1))
+    quotients = np.divide(numbers, np.where(some, divisors, 1), dtype=np.float32)
     return np.where(some, quotients, np.float32(0))

@@ -37,6 +37,8 @@ def print_report(report: ExportReport, check: VerifyReport | None) -> None:
             row.append(f"{check.logits if last else check.gates[index]:.1e}")
         table.add_row(*row)
     console.print(table)
+    if report.errors:
+        console.print(_errors(report))
     layouts = "split and fused" if report.fused else "split"
     console.print(
         f"{report.gates} gates, {report.segments} segments, layouts: {layouts}; "
@@ -44,7 +46,25 @@ def print_report(report: ExportReport, check: VerifyReport | None) -> None:
     )
     if check is not None:
         ties = f", {check.ties} positions left out as ties" if check.ties else ""
+        stored = "" if report.storage.precision == "fp32" else " over the weights as stored"
         console.print(
-            f"agrees with transformers: worst |Δ| {check.max_abs_error:.1e} over "
+            f"agrees with transformers{stored}: worst |Δ| {check.max_abs_error:.1e} over "
             f"{len(check.cases)} shapes (batch, sequence, past){ties}"
         )
+        if check.activations is not None:
+            console.print(
+                "rounding activations to 8 bits changes router logits and logits by "
+                f"{check.activations:.1%} (relative RMS, with the same experts)"
+            )
+
+
+def _errors(report: ExportReport) -> Table:
+    """What storing changed in each weight."""
+    table = Table(title=f"Weights as {report.storage.precision}", title_justify="left")
+    table.add_column("weight")
+    table.add_column("stored")
+    table.add_column("relative RMS |Δ|", justify="right")
+    table.add_column("largest |Δ|", justify="right")
+    for error in report.errors:
+        table.add_row(error.name, error.stored, f"{error.relative_rms:.2%}", f"{error.max_abs:.1e}")
+    return table

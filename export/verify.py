@@ -3,12 +3,20 @@
 The reference runs each sequence alone, whole and without a cache; the bundle runs the same tokens
 in the pieces of `CASES`, through the segments and the frozen gate graph. torch and transformers are
 imported only when a verification is asked for.
+
+What quantising costs is not an error of the export. Where weights are not stored as fp32, the
+reference is given the weights that the stored ones stand for, and the bundle is run with operators
+told to keep activations in fp32: then the tolerance is the same. Where the bundle as it is rounds
+activations, it is run a second time, with the experts of the first run, and the difference that
+rounding makes must stay below `ACTIVATION_BOUND`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,13 +25,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.bundle import FROZEN, Bundle
+from knnmoe.runtime.engines.requirements import check_onnxruntime
 from knnmoe.runtime.errors import BackendError, VerificationError
 
+from .families import FAMILIES
+from .storage import EXPERT_PARTS, FIELD_PARTS, Storage
+
 TOLERANCE = 1e-4
+# On the relative RMS difference that rounding activations to 8 bits makes to any router's logits,
+# or to the logits. One rounding of a block of normal numbers makes 0.6 to 0.8 %; a layer has four
+# in a row, and the residual stream adds up those of all layers.
+ACTIVATION_BOUND = 0.1
 MAX_TIED_SHARE = 0.1
+# Where ONNX Runtime looks for the arithmetic of quantised experts, before the node's attribute.
+_QMOE_ARITHMETIC = "ORT_QMOE_CPU_QNBIT_GEMM"
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int64]
+Decision = tuple[NDArray[np.int32], Floats]
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,6 +82,8 @@ class VerifyReport:
         ties: Positions left out, because two experts' logits were equal within the tolerance and
             either choice is right.
         tolerance: What was allowed.
+        activations: Relative RMS difference made by rounding activations, worst of all gates and
+            the logits; None where they are not rounded. At most `ACTIVATION_BOUND`.
     """
 
     gates: tuple[float, ...]
@@ -70,6 +91,7 @@ class VerifyReport:
     cases: dict[str, float]
     ties: int
     tolerance: float
+    activations: float | None = None
 
     @property
     def max_abs_error(self) -> float:
@@ -103,9 +125,12 @@ def verify(
         progress: Called with ("verify", sequences and cases done, in all).
 
     Raises:
-        VerificationError: If a difference is larger than the tolerance, or not a number.
-        BackendError: If torch or transformers is not installed.
+        VerificationError: If a difference is larger than the tolerance, or not a number, or
+            rounding activations makes more of a difference than `ACTIVATION_BOUND`.
+        BackendError: If torch or transformers is not installed, or ONNX Runtime is too old for the
+            bundle.
     """
+    check_onnxruntime(bundle)
     shape = bundle.manifest.architecture
     cases = [
         c for c in CASES if max(map(sum, zip(c.past, c.new, strict=True))) <= shape.max_positions
@@ -118,7 +143,9 @@ def verify(
         ]
         for c in cases
     ]
-    total = sum(map(len, tokens)) + len(cases)
+    found_quantization = bundle.manifest.quantization
+    rounds = found_quantization is not None and found_quantization.accuracy_level > 0
+    total = sum(map(len, tokens)) + len(cases) * (1 + rounds)
     done = 0
 
     def step() -> None:
@@ -128,11 +155,13 @@ def verify(
             progress("verify", done, total)
 
     expected = _reference(checkpoint, tokens, bundle, step)
-    runner = SplitRunner(bundle)
+    runner = SplitRunner(bundle, exact=True)
     found = []
     for case, sequences in zip(cases, tokens, strict=True):
         found.append(runner.run(case, sequences))
         step()
+    decisions = runner.decisions
+    del runner
     report = _compare(cases, expected, found, bundle, tolerance)
     # Written so that NaN fails too.
     if not report.max_abs_error <= tolerance:
@@ -144,7 +173,23 @@ def verify(
             found=f"{report.max_abs_error:.3g}",
             fix="Nothing was kept. Export without --verify to look into the bundle.",
         )
-    return report
+    if not rounds:
+        return report
+    shipped = SplitRunner(bundle, decisions=decisions)
+    rounded = []
+    for case, sequences in zip(cases, tokens, strict=True):
+        rounded.append(shipped.run(case, sequences))
+        step()
+    difference = _relative_difference(found, rounded)
+    if not difference <= ACTIVATION_BOUND:
+        raise VerificationError(
+            f"export of {checkpoint}",
+            "rounding activations to 8 bits makes too much of a difference",
+            expected=f"a relative RMS of at most {ACTIVATION_BOUND:g}",
+            found=f"{difference:.3g}",
+            fix="Nothing was kept. Export with --exact-activations.",
+        )
+    return replace(report, activations=difference)
 
 
 def require_reference() -> None:
@@ -159,21 +204,31 @@ def require_reference() -> None:
 
 
 class SplitRunner:
-    """Runs a bundle's segments and frozen gate graph with plain NumPy feeds: simple, not fast."""
+    """Runs a bundle's segments and frozen gate graph with plain NumPy feeds: simple, not fast.
 
-    def __init__(self, bundle: Bundle) -> None:
-        import onnxruntime
+    Args:
+        bundle: What to run.
+        exact: Whether operators over quantised weights keep activations in fp32, whatever the
+            bundle's graphs say.
+        decisions: Expert ids and weights to use in place of the gates' own, in order.
 
-        options = onnxruntime.SessionOptions()
-        # Threads that spin while they wait would take the cores from the next session.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    Attributes:
+        decisions: (expert ids, expert weights) of each gate that ran, in order.
+    """
 
-        def session(file: str) -> Any:
-            return onnxruntime.InferenceSession(bundle.file(file), options)
-
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        exact: bool = False,
+        decisions: Sequence[Decision] | None = None,
+    ) -> None:
         self._manifest = bundle.manifest
-        self._segments = [session(segment.file) for segment in bundle.manifest.segments]
-        self._gate = session(bundle.manifest.gates[FROZEN].file)
+        load = _exact_session if exact and bundle.manifest.quantization else _session
+        self._segments = [load(bundle, segment.file) for segment in bundle.manifest.segments]
+        self._gate = _session(bundle, bundle.manifest.gates[FROZEN].file)
+        self._given = None if decisions is None else iter(decisions)
+        self.decisions: list[Decision] = []
 
     def run(self, case: Case, sequences: Sequence[Tokens]) -> list[_Outputs]:
         """Feed the sequences [past + new] in the pieces of the case."""
@@ -247,13 +302,62 @@ class SplitRunner:
             if segment is not self._segments[-1]:
                 gate_feeds = {name: values[name] for name in ("router_input", "router_logits")}
                 gate_feeds = {spec.name: gate_feeds[spec.name] for spec in self._gate.get_inputs()}
-                routed = self._gate.run(["expert_ids", "expert_weights"], gate_feeds)
-                values["expert_ids"], values["expert_weights"] = routed
+                ids_, weights = self._gate.run(["expert_ids", "expert_weights"], gate_feeds)
+                if self._given is not None:
+                    ids_, weights = next(self._given)
+                self.decisions.append((ids_, weights))
+                values["expert_ids"], values["expert_weights"] = ids_, weights
                 router_logits.append(values["router_logits"].reshape(batch, width, -1))
                 expert_ids.append(values["expert_ids"].reshape(batch, width, -1))
         logits = values["logits"].reshape(batch, width, -1)
         gates, experts = np.stack(router_logits), np.stack(expert_ids)
         return [_Outputs(gates[:, row], experts[:, row], logits[row]) for row in range(batch)]
+
+
+def _session(bundle: Bundle, file: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(bundle.file(file), _session_options(bundle))
+
+
+def _exact_session(bundle: Bundle, file: str) -> Any:
+    """A segment whose operators keep activations in fp32."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(bundle.file(file), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    with _environment(_QMOE_ARITHMETIC, "fp32"):  # 8-bit experts know no other way
+        return onnxruntime.InferenceSession(model.SerializeToString(), _session_options(bundle))
+
+
+def _session_options(bundle: Bundle) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # Threads that spin while they wait would take the cores from the next session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # For graphs from memory: where their weights lie.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.path / "segments")
+    )
+    return options
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _reference(
@@ -262,7 +366,9 @@ def _reference(
     bundle: Bundle,
     step: Callable[[], None],
 ) -> list[list[_Outputs]]:
-    """transformers in fp32, each sequence alone; the model is freed on return."""
+    """transformers in fp32 over the weights as they were stored, each sequence alone; the model is
+    freed on return.
+    """
     require_reference()
     import torch
     from transformers import AutoModelForCausalLM
@@ -274,6 +380,7 @@ def _reference(
         Path(checkpoint), dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     model.eval()
+    _restore(model, bundle)
     rule = bundle.manifest.routing
     expected = []
     for sequences in tokens:
@@ -287,6 +394,78 @@ def _reference(
             step()
         expected.append(row)
     return expected
+
+
+def _restore(model: Any, bundle: Bundle) -> None:
+    """Give a model of transformers the weights that those stored in the bundle stand for."""
+    manifest = bundle.manifest
+    if manifest.precision == "fp32":
+        return
+    import torch
+
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    names = FAMILIES[manifest.model_type].tensors
+    tied = names.head not in parameters
+    storage = Storage(manifest.precision, manifest.quantization, tied)
+    if tied and storage.scheme("head") is not None:
+        # The head is stored apart from the embedding that it is.
+        head = model.get_output_embeddings()
+        rows = storage.restored("head", head.weight.detach().numpy())
+        head.weight = torch.nn.Parameter(torch.from_numpy(rows))
+
+    def restore(name: str, part: str) -> None:
+        with torch.no_grad():
+            weight = parameters[name]
+            for rows in weight if weight.ndim > 2 else (weight,):  # one expert at a time
+                rows.copy_(torch.from_numpy(storage.restored(part, rows.numpy())))
+
+    restored = 0
+    for field, part in FIELD_PARTS.items():
+        template = getattr(names, field, None)
+        if template is None:
+            continue
+        for layer in range(manifest.architecture.num_layers if "{layer}" in template else 1):
+            name = template.format(layer=layer)
+            if name in parameters:
+                restore(name, part)
+    for name in parameters:
+        # transformers stacks the experts of a layer, whatever the checkpoint does.
+        module, _, stack = name.rpartition(".experts.")
+        if module and stack in EXPERT_PARTS:
+            restore(name, EXPERT_PARTS[stack])
+            restored += 1
+    if restored != manifest.architecture.num_gates * len(EXPERT_PARTS):
+        raise BackendError(
+            "verification",
+            "this version of transformers keeps experts under other names",
+            expected=f"{' and '.join(EXPERT_PARTS)} of {manifest.architecture.num_gates} layers",
+            found=f"{restored} of them",
+            fix="Install another version of transformers, or export without --verify.",
+        )
+
+
+def _relative_difference(
+    exact: Sequence[Sequence[_Outputs]], rounded: Sequence[Sequence[_Outputs]]
+) -> float:
+    """Relative RMS difference of the gates' logits and the logits, the worst of them."""
+    pairs = [
+        pair for row, other in zip(exact, rounded, strict=True)
+        for pair in zip(row, other, strict=True)
+    ]  # fmt: skip
+
+    def relative(wanted: Sequence[Floats], found: Sequence[Floats]) -> float:
+        difference = sum(np.square(w - f).sum() for w, f in zip(wanted, found, strict=True))
+        return float(np.sqrt(difference / sum(np.square(w).sum() for w in wanted)))
+
+    gates = [
+        relative(
+            [want.router_logits[gate] for want, _ in pairs],
+            [have.router_logits[gate] for _, have in pairs],
+        )
+        for gate in range(len(pairs[0][0].router_logits))
+    ]
+    logits = relative([want.logits for want, _ in pairs], [have.logits for _, have in pairs])
+    return float(np.max([logits, *gates]))  # NaN stays NaN
 
 
 def _compare(

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,22 +26,31 @@ from .graph import StoredTensor
 ALIGNMENT = 64  # of the data's start
 CHUNK_BYTES = 16 << 20
 
-Chunks = Callable[[], Iterator[NDArray[np.float32]]]
+# dtype of a stored tensor → its name in a safetensors header, and the layout of an element
+DTYPES = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "uint8": ("U8", "u1")}
+
+Chunks = Callable[[], Iterator[NDArray[Any]]]
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written as fp32: `chunks` yields its elements in order, piece by piece."""
+    """A tensor to be written: `chunks` yields its elements in order, piece by piece."""
 
     name: str
     shape: tuple[int, ...]
     chunks: Chunks
+    dtype: str = "float32"  # a key of DTYPES
+
+    @property
+    def layout(self) -> np.dtype[Any]:
+        """Of an element in the file."""
+        return np.dtype(DTYPES[self.dtype][1])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor as it is written."""
-        return math.prod(self.shape) * 4
+        return math.prod(self.shape) * self.layout.itemsize
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def plan_file(name: str, tensors: Sequence[PlannedTensor]) -> PlannedFile:
     position = 0
     for tensor in tensors:
         entries[tensor.name] = {
-            "dtype": "F32",
+            "dtype": DTYPES[tensor.dtype][0],
             "shape": list(tensor.shape),
             "data_offsets": [position, position + tensor.nbytes],
         }
@@ -75,7 +85,7 @@ def plan_file(name: str, tensors: Sequence[PlannedTensor]) -> PlannedFile:
     stored: dict[str, StoredTensor] = {}
     offset = len(header)
     for tensor in tensors:
-        stored[tensor.name] = StoredTensor(name, offset, tensor.nbytes, tensor.shape)
+        stored[tensor.name] = StoredTensor(name, offset, tensor.nbytes, tensor.shape, tensor.dtype)
         offset += tensor.nbytes
     return PlannedFile(name, header, tuple(tensors), stored)
 
@@ -93,7 +103,7 @@ def write_file(plan: PlannedFile, directory: Path, progress: Progress) -> FileSp
         for tensor in plan.tensors:
             written = 0
             for chunk in tensor.chunks():
-                data = np.ascontiguousarray(chunk, dtype="<f4")
+                data = np.ascontiguousarray(chunk, dtype=tensor.layout)
                 stream.write(data.data)
                 digest.update(data.data)
                 written += data.nbytes

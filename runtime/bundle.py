@@ -24,7 +24,13 @@ MAX_GATES = 4096
 MAX_DIMENSION = 1 << 31
 
 DTYPES = ("float32", "int64", "int32")
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+QUANTIZED_BITS = {"int8": 8, "int4": 4}  # precisions whose weights are in blocks of integers
+BLOCK_SIZES = (32, 64, 128)
+ACTIVATIONS = ("int8", "fp32")
+# QMoE takes the seam's weights as they are from here on. That of 1.23 takes them not at all, and
+# returns wrong numbers where a row is one block.
+QUANTIZED_ONNXRUNTIME = "1.31"
 FROZEN = "frozen"
 GATE_GRAPHS = (FROZEN, "cosine", "rbf", "cosine-assignment", "rbf-assignment")
 TOKENIZER = "tokenizer.json"
@@ -40,6 +46,7 @@ KIND = ManifestKind(
     "Use the version of knnmoe that wrote the bundle, or export again with this one.",
 )
 
+_OPTIONAL = ("quantization", "minimum_onnxruntime")
 _BLOCK = 4 << 20
 Progress = Callable[[int], None]
 
@@ -100,6 +107,33 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the experts and projections of a bundle are quantised, as in `quantization`.
+
+    Attributes:
+        bits: Of a weight, 4 or 8.
+        block_size: Weights that share a scale, along a row.
+        zero_points: Whether a block has a zero point of its own; without, it is 2^(bits-1).
+        activations: `int8`: what these weights are multiplied with is rounded to 8 bits, in blocks
+            of the same size; `fp32`: it is not.
+        head_bits: Of the head's weights, None where the head is not quantised.
+        search: Whether scales were searched for, or span each block's range.
+    """
+
+    bits: int
+    block_size: int
+    zero_points: bool
+    activations: str
+    head_bits: int | None
+    search: bool
+
+    @property
+    def accuracy_level(self) -> int:
+        """ONNX Runtime's number for it."""
+        return 4 if self.activations == "int8" else 0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`, checked; field by field as in docs/formats.md."""
 
@@ -115,10 +149,16 @@ class Manifest:
     gates: Mapping[str, GraphSpec]
     files: Mapping[str, FileSpec]
     producer: Mapping[str, str]
+    quantization: Quantization | None = None
+    minimum_onnxruntime: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""
-        return {"schema": SCHEMA, **asdict(self), "routing": self.routing.to_json()}
+        content = {"schema": SCHEMA, **asdict(self), "routing": self.routing.to_json()}
+        for name in _OPTIONAL:
+            if content[name] is None:
+                del content[name]
+        return content
 
 
 @dataclass(frozen=True)
@@ -188,6 +228,7 @@ def _parse(top: Fields) -> Manifest:
     top.only(
         "schema", "family", "model_type", "fingerprint", "architecture", "routing",
         "experts_per_token", "precision", "segments", "fused", "gates", "files", "producer",
+        optional=_OPTIONAL,
     )  # fmt: skip
     files = {
         _file_name(top, name): _file_spec(entry) for name, entry in top.object("files").items()
@@ -207,6 +248,10 @@ def _parse(top: Fields) -> Manifest:
         gates={name: _gate(entry, files) for name, entry in top.object("gates").items()},
         files=files,
         producer={name: top.object("producer").text(name) for name in top.object("producer").names},
+        quantization=_quantization(top.object("quantization")) if top.has("quantization") else None,
+        minimum_onnxruntime=top.text("minimum_onnxruntime", pattern=r"\d{1,4}\.\d{1,4}")
+        if top.has("minimum_onnxruntime")
+        else None,
     )
     _check_whole(top, manifest)
     return manifest
@@ -215,6 +260,14 @@ def _parse(top: Fields) -> Manifest:
 def _check_whole(top: Fields, manifest: Manifest) -> None:
     """What no field can tell alone."""
     shape = manifest.architecture
+    bits = manifest.quantization.bits if manifest.quantization else None
+    if bits != QUANTIZED_BITS.get(manifest.precision):
+        raise top.wrong(
+            "quantization",
+            "is not that of the precision",
+            expected=f"{QUANTIZED_BITS.get(manifest.precision)} bits for {manifest.precision}",
+            found=bits,
+        )
     if len(manifest.segments) != shape.num_gates + 1:
         raise top.wrong(
             "segments",
@@ -287,6 +340,21 @@ def _routing(entry: Fields, shape: ModelShape) -> RoutingRule:
             fix="Use the version of knnmoe that wrote the bundle.",
         ) from error
     return rule
+
+
+def _quantization(entry: Fields) -> Quantization:
+    entry.only("bits", "block_size", "zero_points", "activations", "head_bits", "search")
+    block_size = entry.integer("block_size", min(BLOCK_SIZES), max(BLOCK_SIZES))
+    if block_size not in BLOCK_SIZES:
+        raise entry.wrong("block_size", "unknown", expected=BLOCK_SIZES, found=block_size)
+    return Quantization(
+        bits=entry.integer("bits", 4, 8),
+        block_size=block_size,
+        zero_points=entry.boolean("zero_points"),
+        activations=entry.text("activations", choices=ACTIVATIONS),
+        head_bits=entry.integer("head_bits", 4, 8) if entry.has("head_bits") else None,
+        search=entry.boolean("search"),
+    )
 
 
 def _gate(entry: Fields, files: Mapping[str, FileSpec]) -> GraphSpec:

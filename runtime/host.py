@@ -8,6 +8,7 @@ from typing import Literal, Protocol, get_args
 from .blend import GateMemory
 from .bundle import Bundle, FusedSpec
 from .engines.onnxruntime import OrtEngine
+from .engines.requirements import check_onnxruntime
 from .errors import BackendError
 from .gates.onnx import graph_name
 from .gates.select import Backend, EngineOf, make_gate
@@ -44,7 +45,8 @@ class HostBackend:
         threads: Of one operator; None takes the physical cores, or one for a tiny model.
 
     Raises:
-        BackendError: If the layout is unknown, not in the bundle, or ONNX Runtime refuses a graph.
+        BackendError: If the layout is unknown, not in the bundle, or ONNX Runtime is too old or
+            refuses a graph.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class HostBackend:
         threads: int | None = None,
     ) -> None:
         check_layout(layout)
+        check_onnxruntime(bundle)
         self.layout_name = layout
         self._bundle, self._gate = bundle, gate
         self._threads = threads if threads is not None else _sensible_threads(bundle)
