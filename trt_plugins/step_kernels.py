@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,16 @@ Run = Callable[[], None]
 SOURCE = KERNELS / "step.cu"
 # As in step.cuh.
 WARPS, LANES = 4, 32
-MOST_EXPERTS, MOST_SELECTED, MOST_CACHES = 1024, 64, 32
+MOST_EXPERTS, MOST_SELECTED, MOST_CACHES, MOST_GROUPS = 1024, 64, 32, 32
+SCORES = {"softmax": 0, "softmax-topk": 1, "sigmoid": 2}
+GROUP_SCORES = {"max": 0, "top2": 1}
 SIZES = (64, 128, 256, 1024)  # most experts of each kernel
 
 ROUTE_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("rows", "expert_ids", "expert_weights", "assignments")]
+    + [("selection_bias", np.uint64)]
     + [(name, np.int32) for name in ("tokens", "experts", "columns", "top_k", "renormalize")]
+    + [(name, np.int32) for name in ("score", "groups", "top_groups", "group_sum")]
     + [("scale", np.float32)],
     align=True,
 )
@@ -49,11 +54,73 @@ APPEND_PARAMS = np.dtype(
 )
 
 
+@dataclass(frozen=True)
+class KernelRule:
+    """A routing rule as the kernels take it; `RoutingRule` of the runtime says what it means.
+
+    Attributes:
+        top_k, renormalize, scale: How many experts are selected, and how they are weighed.
+        score: A key of `SCORES`.
+        groups, top_groups, group_score: Groups of experts, at most 32; a key of `GROUP_SCORES`.
+        selection_bias: fp32 [E] on the device, or None.
+    """
+
+    top_k: int
+    renormalize: bool = False
+    scale: float = 1.0
+    score: str = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    selection_bias: Array | None = None
+
+    def check(self, columns: int, experts: int) -> None:
+        """Raise `SettingError` unless the kernels can run it over that many experts."""
+        _expect_rule(self.top_k, self.scale, columns, experts)
+        for name, choices in (("score", SCORES), ("group_score", GROUP_SCORES)):
+            found = getattr(self, name)
+            if found not in choices:
+                raise SettingError(name, "unknown", expected=tuple(choices), found=found)
+        most = min(experts, MOST_GROUPS)
+        if not 1 <= self.groups <= most or experts % self.groups:
+            raise SettingError(
+                "groups", "do not divide the experts, or are too many",
+                expected=f"a divisor of {experts}, at most {most}", found=self.groups,
+            )  # fmt: skip
+        if not 1 <= self.top_groups <= self.groups:
+            raise SettingError(
+                "top_groups", "out of range", expected=f"1 to {self.groups}", found=self.top_groups
+            )
+        size = experts // self.groups
+        if self.groups > 1 and size == 1 and self.group_score == "top2":
+            raise SettingError("group_score", "sums two experts of groups of one", found="top2")
+        selectable = size * self.top_groups
+        if self.top_k > selectable:
+            raise SettingError(
+                "top_k", "more than can be selected", expected=f"1 to {selectable}",
+                found=self.top_k,
+            )  # fmt: skip
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The fields of `ROUTE_PARAMS` that state it."""
+        return {
+            "top_k": self.top_k,
+            "renormalize": bool(self.renormalize),
+            "scale": self.scale,
+            "score": SCORES[self.score],
+            "groups": self.groups,
+            "top_groups": self.top_groups,
+            "group_sum": GROUP_SCORES[self.group_score],
+        }
+
+
 class StepKernels:
     """The small kernels of a decode step, compiled for the current device when first used.
 
     A row of logits that has no softmax (NaN or +inf in it, or -inf alone) gives experts 0..k-1 with
-    weight NaN: in bounds, and seen in the output. NaN among assignments comes after every number.
+    weight NaN: in bounds, and seen in the output. NaN among assignments, sigmoids or logits that
+    select by themselves comes after every number.
 
     Args:
         cupy: The CuPy module; imported if not given.
@@ -71,35 +138,29 @@ class StepKernels:
         rows: Array,
         expert_ids: Array,
         expert_weights: Array,
-        *,
-        top_k: int,
-        renormalize: bool,
-        scale: float,
+        **rule: Any,
     ) -> Run:
         """The routing rule: logits [T, E] → ids int32 [T, k], weights fp32 [T, k].
 
-        Softmax over all experts, the best of them with ties to the lower index, optionally divided
-        by the sum of the selected `top_k`, times `scale`. If k is larger, the further experts are
-        the next best with weight 0.
+        The scores of all experts, the best of them with ties to the lower index, weighed. If k is
+        larger than `top_k`, the further experts are the next best with weight 0.
+
+        Args:
+            rows, expert_ids, expert_weights: On the device.
+            rule: The fields of `KernelRule`.
 
         Raises:
             SettingError: If an array or a number does not fit.
         """
         experts = self._rows("rows", rows)
         columns = self._selection(expert_ids, expert_weights, rows)
-        _expect_rule(top_k, scale, columns, experts)
-        return self._routing(
-            "route",
-            {"rows": rows, "expert_ids": expert_ids, "expert_weights": expert_weights},
-            columns=columns, top_k=top_k, renormalize=bool(renormalize), scale=scale,
-        )  # fmt: skip
+        arrays = {"rows": rows, "expert_ids": expert_ids, "expert_weights": expert_weights}
+        return self._ruled("route", arrays, KernelRule(**rule), columns, experts)
 
-    def assign(
-        self, rows: Array, assignments: Array, *, top_k: int, renormalize: bool, scale: float
-    ) -> Run:
+    def assign(self, rows: Array, assignments: Array, **rule: Any) -> Run:
         """The rule as dense rows: logits [T, E] → weights [T, E], 0 where not selected.
 
-        `assignments` may be `rows` itself.
+        `assignments` may be `rows` itself; `rule` is as of `route`.
 
         Raises:
             SettingError: If an array or a number does not fit.
@@ -107,12 +168,9 @@ class StepKernels:
         experts = self._rows("rows", rows)
         self._rows("assignments", assignments)
         _expect_shape("assignments", assignments, rows.shape)
-        _expect_rule(top_k, scale, min(experts, MOST_SELECTED), experts)
-        return self._routing(
-            "assign",
-            {"rows": rows, "assignments": assignments},
-            columns=top_k, top_k=top_k, renormalize=bool(renormalize), scale=scale,
-        )  # fmt: skip
+        arrays = {"rows": rows, "assignments": assignments}
+        columns = min(experts, MOST_SELECTED)
+        return self._ruled("assign", arrays, KernelRule(**rule), columns, experts)
 
     def heaviest(self, assignments: Array, expert_ids: Array, expert_weights: Array) -> Run:
         """Cut assignments [T, E] to the k heaviest; where more are not 0, they take their mass.
@@ -122,12 +180,8 @@ class StepKernels:
         """
         experts = self._rows("assignments", assignments)
         columns = self._selection(expert_ids, expert_weights, assignments)
-        _expect_rule(columns, 1.0, columns, experts)
-        return self._routing(
-            "heaviest",
-            {"rows": assignments, "expert_ids": expert_ids, "expert_weights": expert_weights},
-            columns=columns, top_k=columns, renormalize=False, scale=1.0,
-        )  # fmt: skip
+        arrays = {"rows": assignments, "expert_ids": expert_ids, "expert_weights": expert_weights}
+        return self._ruled("heaviest", arrays, KernelRule(columns), columns, experts)
 
     def append(self, cache: Array, new: Array, past_lengths: Array) -> Run:
         """Write new rows behind what a cache holds; see `append_many`."""
@@ -189,6 +243,16 @@ class StepKernels:
         addresses = cache.data.ptr | new.data.ptr | row_bytes
         unit = next(unit for unit in (16, 4, 2) if addresses % unit == 0)
         return cache.data.ptr, new.data.ptr, capacity, heads, row_bytes, unit, 0
+
+    def _ruled(
+        self, kind: str, arrays: dict[str, Array], rule: KernelRule, columns: int, experts: int
+    ) -> Run:
+        rule.check(columns, experts)
+        if rule.selection_bias is not None:
+            self._on_device("selection_bias", rule.selection_bias, (np.float32,), 1)
+            _expect_shape("selection_bias", rule.selection_bias, (experts,))
+            arrays = arrays | {"selection_bias": rule.selection_bias}
+        return self._routing(kind, arrays, columns=columns, **rule.numbers)
 
     def _routing(self, kind: str, arrays: dict[str, Array], **numbers: Any) -> Run:
         tokens, experts = arrays["rows"].shape

@@ -3,7 +3,6 @@
 import ctypes
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -44,10 +43,24 @@ def main(calls: int) -> None:
         rows, dense = cupy.asarray(logits), cupy.empty(logits.shape, np.float32)
         ids = cupy.empty((tokens, columns), np.int32)
         weights = cupy.empty((tokens, columns), np.float32)
-        rule = SimpleNamespace(top_k=int(rng.integers(1, columns + 1)), renormalize=True, scale=1.5)
-        kernels.route(rows, ids, weights, **vars(rule))()
+        groups = int(rng.choice([g for g in range(1, 33) if experts % g == 0]))
+        top_groups = int(rng.integers(1, groups + 1))
+        selectable = min(columns, experts // groups * top_groups)
+        rule = {
+            "top_k": int(rng.integers(1, selectable + 1)),
+            "renormalize": True,
+            "scale": 1.5,
+            "score": str(rng.choice(["softmax", "softmax-topk", "sigmoid"])),
+            "groups": groups,
+            "top_groups": top_groups,
+            "group_score": str(rng.choice(["max", "top2"])) if experts > groups else "max",
+            "selection_bias": cupy.asarray(rng.normal(size=experts).astype(np.float32))
+            if rng.integers(2)
+            else None,
+        }
+        kernels.route(rows, ids, weights, **rule)()
         chosen = ids.get()
-        kernels.assign(rows, dense, **vars(rule))()
+        kernels.assign(rows, dense, **rule)()
         kernels.heaviest(dense, ids, weights)()
         for some in (chosen, ids.get()):
             assert ((some >= 0) & (some < experts)).all()

@@ -3,11 +3,14 @@
 //
 // Routing: one warp a token, the row in registers, no shared memory. Reads 4·E bytes a token; writes
 // 8·k (route, heaviest) or 4·E (assign). E ≤ 1024, k ≤ 64, k ≤ E. Selecting is k rounds in which
-// only the lane whose value was taken looks at its values again.
+// only the lane whose value was taken looks at its values again. A rule that selects by something
+// else than it weighs by (a bias, groups, logits) reads the logits of what it selected once more, and
+// a bias is 4·E bytes of the cache. Groups, at most 32, are ranked one after the other.
 //
 // A logit that is NaN or +inf, or a row of -inf alone, has no softmax: the row's experts are then
-// 0..k-1, in bounds like any others, and the weights of those that the rule selects are NaN, as in
-// the NumPy reference. A NaN among assignments comes after every number.
+// 0..k-1 (without groups), in bounds like any others, and the weights of those that the rule selects
+// are NaN, as in the NumPy reference. A NaN among assignments, sigmoids or logits to select by comes
+// after every number.
 #pragma once
 
 #include "candidates.cuh"
@@ -18,6 +21,12 @@ constexpr int kStepWarps = 4;     // of every block; one a token, or one a row o
 constexpr int kMostExperts = 1024;
 constexpr int kMostSelected = 64;  // two a lane
 constexpr int kMostCaches = 32;    // of one launch
+constexpr int kMostGroups = 32;    // one a lane
+
+// How logits become scores.
+constexpr int kSoftmax = 0;
+constexpr int kSoftmaxTopk = 1;  // logits select, a softmax over the selected weighs
+constexpr int kSigmoid = 2;
 
 // All pointers are device memory. `assignments` may be `rows`; nothing else may overlap.
 struct RouteParams {
@@ -25,11 +34,16 @@ struct RouteParams {
     int* expert_ids;        // [T, k]
     float* expert_weights;  // [T, k]
     float* assignments;     // [T, E]
+    const float* selection_bias;  // [E], added to the scores to select by; or null
     int tokens;             // T
     int experts;            // E
     int columns;            // k
     int top_k;              // experts the rule selects, at most k; the rest have weight 0
     int renormalize;        // 1: the selected weights are divided by their sum
+    int score;              // kSoftmax, kSoftmaxTopk or kSigmoid
+    int groups;             // equal ones of consecutive experts; 1: none
+    int top_groups;         // to select experts from
+    int group_sum;          // a group's rank is 0: its best score, 1: the sum of its two best
     float scale;
 };
 
@@ -52,6 +66,20 @@ struct AppendParams {
 
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 
+__device__ inline float logistic(float logit) { return 1 / (1 + expf(-logit)); }
+
+// Whether what ranks an expert is not its weight before the weights are divided by their sum.
+__device__ inline bool weighs_by_logit(const RouteParams& p) {
+    return p.selection_bias != nullptr || p.groups > 1 || p.score == kSoftmaxTopk;
+}
+
+// What the weights are divided by; the sigmoids of a row may all be 0.
+__device__ inline float divisor_of(const RouteParams& p, float sum) {
+    if (p.score == kSoftmaxTopk) return sum;
+    if (!p.renormalize) return 1;
+    return p.score == kSigmoid ? sum + 1e-20f : sum;
+}
+
 // A score as a candidate; NaN comes after every number, by index like equal scores.
 __device__ inline Candidate rank(float score, int expert) {
     return score == score ? make_candidate(score, expert)
@@ -64,6 +92,7 @@ struct Scores {
     float values[VALUES];
     unsigned taken = 0;  // of this lane's values
     Candidate best = kNone;
+    float most = 0, sum = 1;  // of the softmax: largest logit, sum of the exponentials
 
     __device__ void load(const float* row, int experts, float absent) {
 #pragma unroll
@@ -74,7 +103,8 @@ struct Scores {
     }
 
     __device__ void softmax() {
-        float most = values[0], sum = 0;
+        most = values[0];
+        sum = 0;
 #pragma unroll
         for (int i = 1; i < VALUES; ++i) most = fmaxf(most, values[i]);
         most = warp_max(most);
@@ -83,6 +113,77 @@ struct Scores {
         sum = warp_sum(sum);
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) values[i] /= sum;
+    }
+
+    // Logits become what experts are selected by.
+    __device__ void rank_experts(const RouteParams& p) {
+        if (p.score == kSoftmax) softmax();
+        if (p.score == kSigmoid) {
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) values[i] = logistic(values[i]);
+        }
+        if (p.selection_bias != nullptr) {
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) {
+                const int expert = lane_index() + kLanes * i;
+                if (expert < p.experts) values[i] += p.selection_bias[expert];
+            }
+        }
+        if (p.groups > 1) keep_best_groups(p);
+    }
+
+    // Experts outside of the best groups rank as -inf.
+    __device__ void keep_best_groups(const RouteParams& p) {
+        const int size = p.experts / p.groups;
+        Candidate mine = kNone;  // of group `lane`
+        for (int group = 0; group < p.groups; ++group) {
+            float first = minus_infinity(), second = minus_infinity();
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i) {
+                const bool counts = within(i, group, size) && values[i] == values[i];
+                const float value = counts ? values[i] : minus_infinity();
+                second = fmaxf(second, fminf(first, value));
+                first = fmaxf(first, value);
+            }
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+                const float other = __shfl_xor_sync(kEveryLane, first, offset);
+                const float next = __shfl_xor_sync(kEveryLane, second, offset);
+                second = fmaxf(fminf(first, other), fmaxf(second, next));
+                first = fmaxf(first, other);
+            }
+            const float score = p.group_sum ? first + second : first;
+            if (lane_index() == group) mine = rank(score, group);
+        }
+        unsigned kept = 0;
+        for (int place = 0; place < p.top_groups; ++place) {
+            Candidate best_group = mine;
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+                const Candidate other = __shfl_xor_sync(kEveryLane, best_group, offset);
+                if (other > best_group) best_group = other;
+            }
+            if (best_group == mine) mine = kNone;
+            kept |= 1u << candidate_entry(best_group);
+        }
+        for (int group = 0; group < p.groups; ++group) {
+            if (kept >> group & 1) continue;
+#pragma unroll
+            for (int i = 0; i < VALUES; ++i)
+                if (within(i, group, size)) values[i] = minus_infinity();
+        }
+    }
+
+    // Whether this lane's value i is of an expert of that group.
+    __device__ static bool within(int i, int group, int size) {
+        return static_cast<unsigned>(lane_index() - group * size + kLanes * i) <
+               static_cast<unsigned>(size);
+    }
+
+    // What an expert with this logit weighs, before the weights are divided by their sum.
+    __device__ float weight(int score, float logit) const {
+        if (score == kSigmoid) return logistic(logit);
+        return expf(logit - most) / sum;
     }
 
     // The best of this lane's values that are not taken.
@@ -112,11 +213,11 @@ struct Scores {
         return most;
     }
 
-    __device__ float sum() const {
-        float total = 0;
+    __device__ float total() const {
+        float all = 0;
 #pragma unroll
-        for (int i = 0; i < VALUES; ++i) total += values[i];
-        return warp_sum(total);
+        for (int i = 0; i < VALUES; ++i) all += values[i];
+        return warp_sum(all);
     }
 };
 
@@ -152,6 +253,20 @@ struct Selected {
         return warp_sum(total);
     }
 
+    // Replaces the scores of the first `count` by what the logits of their experts weigh.
+    template <int VALUES>
+    __device__ void weigh(const RouteParams& p, Scores<VALUES>& row, const float* logits, int count) {
+#pragma unroll
+        for (int j = 0; j < kMostSelected / kLanes; ++j) {
+            const bool counts = lane_index() + kLanes * j < count;
+            scores[j] = counts ? logits[experts[j]] : minus_infinity();
+        }
+        if (p.score == kSoftmaxTopk) row.most = warp_max(fmaxf(scores[0], scores[1]));
+#pragma unroll
+        for (int j = 0; j < kMostSelected / kLanes; ++j)
+            scores[j] = row.weight(p.score, scores[j]);
+    }
+
     // Writes the first `weighted` of them with (score / divisor)·factor, the rest with weight 0.
     __device__ void write(
         const RouteParams& p, int token, int weighted, float divisor, float factor) const {
@@ -169,18 +284,19 @@ struct Selected {
 // The token of this warp; at or after T there is none.
 __device__ inline int step_token() { return blockIdx.x * kStepWarps + warp_index(); }
 
-// The routing rule: softmax over all experts, the best of them, their weights.
+// The routing rule: scores of all experts, the best of them, their weights.
 template <int VALUES>
 __device__ inline void step_route(const RouteParams& p) {
     const int token = step_token();
     if (token >= p.tokens) return;
+    const float* logits = p.rows + static_cast<long long>(token) * p.experts;
     Scores<VALUES> row;
-    row.load(p.rows + static_cast<long long>(token) * p.experts, p.experts, minus_infinity());
-    row.softmax();
+    row.load(logits, p.experts, minus_infinity());
+    row.rank_experts(p);
     Selected selected;
     selected.select(row, p.experts, p.columns);
-    const float divisor = p.renormalize ? selected.sum(p.top_k) : 1;
-    selected.write(p, token, p.top_k, divisor, p.scale);
+    if (weighs_by_logit(p)) selected.weigh(p, row, logits, p.top_k);
+    selected.write(p, token, p.top_k, divisor_of(p, selected.sum(p.top_k)), p.scale);
 }
 
 // The rule as dense rows: the weight where an expert is selected, else 0.
@@ -188,15 +304,29 @@ template <int VALUES>
 __device__ inline void step_assign(const RouteParams& p) {
     const int token = step_token();
     if (token >= p.tokens) return;
+    const float* logits = p.rows + static_cast<long long>(token) * p.experts;
     Scores<VALUES> row;
-    row.load(p.rows + static_cast<long long>(token) * p.experts, p.experts, minus_infinity());
-    row.softmax();
+    row.load(logits, p.experts, minus_infinity());
+    row.rank_experts(p);
     row.look(p.experts);
     for (int place = 0; place < p.top_k; ++place) row.take(p.experts);
+    if (weighs_by_logit(p)) {
+        // `assignments` may be `rows`: a lane reads what it will write.
+        float most = minus_infinity();
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            if (!(row.taken >> i & 1)) continue;
+            row.values[i] = logits[lane_index() + kLanes * i];
+            most = fmaxf(most, row.values[i]);
+        }
+        if (p.score == kSoftmaxTopk) row.most = warp_max(most);
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) row.values[i] = row.weight(p.score, row.values[i]);
+    }
 #pragma unroll
     for (int i = 0; i < VALUES; ++i)
         if (!(row.taken >> i & 1)) row.values[i] = 0;
-    const float divisor = p.renormalize ? row.sum() : 1;
+    const float divisor = divisor_of(p, row.total());
     float* out = p.assignments + static_cast<long long>(token) * p.experts;
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
@@ -219,7 +349,7 @@ __device__ inline void step_heaviest(const RouteParams& p) {
     for (int i = 0; i < VALUES; ++i) supported += row.values[i] != 0;
     for (int offset = kLanes / 2; offset > 0; offset /= 2)
         supported += __shfl_xor_sync(kEveryLane, supported, offset);
-    const float total = row.sum();
+    const float total = row.total();
     Selected selected;
     selected.select(row, p.experts, p.columns);
     const float kept = selected.sum(p.columns);

@@ -37,8 +37,10 @@ int knnmoe_step_layout(long long* offsets) {
     using A = knnmoe::AppendParams;
     const size_t all[] = {
         offsetof(R, rows), offsetof(R, expert_ids), offsetof(R, expert_weights),
-        offsetof(R, assignments), offsetof(R, tokens), offsetof(R, experts), offsetof(R, columns),
-        offsetof(R, top_k), offsetof(R, renormalize), offsetof(R, scale), sizeof(R),
+        offsetof(R, assignments), offsetof(R, selection_bias), offsetof(R, tokens),
+        offsetof(R, experts), offsetof(R, columns), offsetof(R, top_k), offsetof(R, renormalize),
+        offsetof(R, score), offsetof(R, groups), offsetof(R, top_groups), offsetof(R, group_sum),
+        offsetof(R, scale), sizeof(R),
         offsetof(C, cache), offsetof(C, fresh), offsetof(C, capacity), offsetof(C, heads),
         offsetof(C, row_bytes), offsetof(C, unit), offsetof(C, reserved), sizeof(C),
         offsetof(A, past_lengths), offsetof(A, sequences), offsetof(A, fresh_rows),
