@@ -2,7 +2,7 @@
 
 A process of its own: TensorRT's parser looks for its library by a name that the wheel does not
 have, so the search path must be right from the start. Takes a bundle and a list of jobs as JSON,
-and prints a line of JSON for each.
+which may name bundles of their own, and prints a line of JSON for each.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def build(bundle: Bundle, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(path: str, jobs: str) -> None:
-    bundle = Bundle.open(path, verify=False)
     for job in json.loads(jobs):
+        bundle = Bundle.open(job.get("bundle", path), verify=False)
         print(json.dumps(build(bundle, job)), flush=True)
 
 

@@ -19,7 +19,8 @@ from knnmoe.export.std import StdGraph, StdModel, StdOptions
 from knnmoe.runtime.bundle import GATE_GRAPHS, Bundle
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.errors import BundleError, SettingError
-from tiny import make_tiny_olmoe
+from tiny import KINDS as FAMILIES
+from tiny import make_tiny, make_tiny_olmoe
 
 KINDS: dict[str, dict[str, Any]] = {
     "two query heads a key head, clipped": {},
@@ -32,6 +33,12 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "room for more experts than are selected": {"room": 5},
 }  # fmt: skip
+OTHERS = [(family, kind) for family in FAMILIES if family != "olmoe" for kind in FAMILIES[family]]
+FAST = {
+    ("qwen3_moe", "first and last layers dense, two in a row"),
+    ("mixtral", "a window of 5, wide heads, many experts"),
+    ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+}
 WAYS = [StdOptions(o, "float32", e) for o in ("primitive", "modern") for e in ("gathered", "dense")]
 MOE = [StdOptions(operators, "float32", "moe") for operators in ("primitive", "modern")]
 # What TensorRT's layer is documented to compute, for hosts without it: SwiGLU of the selected
@@ -68,12 +75,22 @@ TOTALS = np.sum(STEPS, axis=0)
 Arrays = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *KINDS,
+        *(pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in OTHERS),
+    ],
+    ids=lambda kind: kind if isinstance(kind, str) else " ".join(kind),
+)
 def bundle(request, tmp_path_factory) -> Bundle:
-    settings = dict(KINDS[request.param])
-    room = settings.pop("room", None)
-    root = tmp_path_factory.mktemp("std")
-    checkpoint = make_tiny_olmoe(root / "checkpoint", seed=6, **settings)
+    root, room = tmp_path_factory.mktemp("std"), None
+    if isinstance(request.param, str):
+        settings = dict(KINDS[request.param])
+        room = settings.pop("room", None)
+        checkpoint = make_tiny_olmoe(root / "checkpoint", seed=6, **settings)
+    else:
+        checkpoint = make_tiny(root / "checkpoint", *request.param, seed=6)
     export(checkpoint, root / "bundle", experts_per_token=room)
     return Bundle.open(root / "bundle")
 

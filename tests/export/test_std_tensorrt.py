@@ -16,6 +16,7 @@ import pytest
 
 from knnmoe.export.exporter import export
 from knnmoe.runtime.bundle import GATE_GRAPHS, Bundle
+from tiny import KINDS, make_tiny
 
 SCRIPT = Path(__file__).parent / "std_in_tensorrt.py"
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -62,6 +63,14 @@ def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Builder:
     return run
 
 
+def exported(root: Path, family: str, kind: str) -> Path:
+    return export(make_tiny(root / "checkpoint", family, kind), root / "bundle").bundle
+
+
+def segments(bundle: Path) -> range:
+    return range(len(Bundle.open(bundle, verify=False).manifest.segments))
+
+
 def job(graph: object, way: dict[str, str], *capabilities: str) -> dict[str, Any]:
     """Without capabilities the graph is parsed only."""
     tokens = TOKENS[way["experts"]]
@@ -102,6 +111,30 @@ def test_a_segment_is_built_in_float16_and_where_no_fused_attention_is(
     half = [way for way in WAYS if way["precision"] == "float16"]
     unfused = {"operators": "modern", "precision": "float32", "experts": "dense"}
     tensorrt(tiny_bundle, [job(1, way, "SM86") for way in (*half, unfused)])
+
+
+def test_every_segment_of_every_family_is_parsed(tensorrt: Builder, tmp_path: Path) -> None:
+    ways = [way for way in WAYS if way["precision"] == "float16"]
+    kinds = [
+        ("qwen3_moe", "first and last layers dense, two in a row"),
+        ("mixtral", "a window of 5, wide heads, many experts"),
+        ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+    ]
+    bundles = [exported(tmp_path / family, family, kind) for family, kind in kinds]
+    jobs = [job(i, way) | {"bundle": str(b)} for b in bundles for way in ways for i in segments(b)]
+    tensorrt(bundles[0], jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kind"), [(f, kind) for f in KINDS if f != "olmoe" for kind in KINDS[f]]
+)
+def test_every_segment_of_every_family_is_built(
+    tensorrt: Builder, tmp_path: Path, family: str, kind: str
+) -> None:
+    bundle = exported(tmp_path, family, kind)
+    tensorrt(bundle, [job(i, way, *ALL) for way in WAYS for i in segments(bundle)])
+    tensorrt(bundle, [job("fused", way, "SM86") for way in WAYS if way["experts"] == "gathered"])
 
 
 @pytest.mark.slow
