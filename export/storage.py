@@ -51,7 +51,7 @@ FIELD_PARTS = {
 }
 EXPERT_PARTS = {"gate_up_proj": "gate_up", "down_proj": "down"}
 
-_PIECE = 1 << 18  # weights quantised at a time
+_PIECE = 1 << 18  # weights converted at a time
 _FP16_MAX = 65504.0
 
 
@@ -150,8 +150,8 @@ class Storage:
         meter = self._meter(tensor.name, "fp16")
 
         def chunks() -> Iterator[NDArray[Any]]:
-            for chunk in tensor.chunks():
-                largest = np.abs(chunk).max(initial=0)
+            for rows in _all_pieces(tensor):
+                largest = np.abs(rows).max(initial=0)
                 if not largest <= _FP16_MAX:  # NaN too
                     raise CheckpointError(
                         f"weight {tensor.name}",
@@ -160,8 +160,8 @@ class Storage:
                         found=f"{largest:g}",
                         fix="Export with --precision fp32.",
                     )
-                half = chunk.astype(np.float16)
-                meter.add(chunk, half.astype(np.float32))
+                half = rows.astype(np.float16)
+                meter.add(rows, half.astype(np.float32))
                 yield half
 
         return PlannedTensor(tensor.name, tensor.shape, chunks, "float16")
@@ -288,18 +288,17 @@ class _Blocks:
     def _write_codes(self) -> Iterator[NDArray[Any]]:
         self._scales.clear()
         self._zero_points.clear()
-        for chunk in self._tensor.chunks():
-            for piece in _pieces(chunk.reshape(-1, self._tensor.shape[-1])):
-                found = self._quantized(piece)
-                self._meter.add(piece, found.dequantized())
-                self._scales.append(found.scales)
-                if self._scheme.zero_points:
-                    self._zero_points.append(found.packed_zero_points())
-                yield found.packed_codes()
+        for rows in _all_pieces(self._tensor):
+            found = self._quantized(rows)
+            self._meter.add(rows, found.dequantized())
+            self._scales.append(found.scales)
+            if self._scheme.zero_points:
+                self._zero_points.append(found.packed_zero_points())
+            yield found.packed_codes()
 
-    def _quantized(self, piece: Floats) -> Quantized:
+    def _quantized(self, rows: Floats) -> Quantized:
         try:
-            return quantize(piece, self._scheme)
+            return quantize(rows, self._scheme)
         except ValueError as error:
             raise CheckpointError(
                 f"weight {self._tensor.name}",
@@ -311,6 +310,12 @@ class _Blocks:
 def _drained(parts: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     yield from parts
     parts.clear()
+
+
+def _all_pieces(tensor: PlannedTensor) -> Iterator[Floats]:
+    """Some rows of a tensor at a time."""
+    for chunk in tensor.chunks():
+        yield from _pieces(chunk.reshape(-1, tensor.shape[-1]))
 
 
 def _pieces(rows: Floats) -> Iterator[Floats]:
