@@ -81,7 +81,8 @@ class Model:
             layout: `split` has the gates between engines (the default on the CPU), `fused` inside
                 one engine. On a device, the engines say which; None takes either.
             gate: Backend of the gates in the split layout. CPU: `auto`, the default, takes the
-                graphs of the bundle, and faiss for memories too large to scan at every token.
+                graphs of the bundle, `two-stage` for memories that scan faster as int8 keys with
+                the best scored again, and faiss for those too large to scan at every token.
                 CUDA: `cuda`, the default, or `plugin`.
             engines: CUDA: directory written by `knnmoe engines build`; None takes the newest of
                 this bundle in the cache.

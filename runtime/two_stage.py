@@ -3,7 +3,8 @@
 A scan reads every key, so its time is the bytes of a key: int8 takes half of fp16 and a quarter of
 fp32. What int8 loses is only who is a candidate; the neighbours are the K best of the R candidates
 by their exact scores, so their similarities are exact. This is the NumPy reference: the blend with
-this search in the place of `blend.search` is what the CUDA kernels return (trt_plugins/kernels).
+this search in the place of `blend.search` is what the CUDA kernels return (trt_plugins/kernels),
+and, where the scan rounds the queries to int8 too, the gate `two-stage` of the CPU (runtime/gates).
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def search_in_two_stages(
     scan: ScanKeys,
     candidates: int,
     dtype: type[np.floating[Any]],
+    *,
+    int8_queries: bool = False,
 ) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
     """The K best of the R candidates of each x [T, D], as `blend.search` returns the K best of all.
 
@@ -81,26 +84,80 @@ def search_in_two_stages(
         SettingError: Unless K ≤ R ≤ 64.
     """
     check_candidates(candidates, min(memory.k, len(memory.keys)))
-    scores = scan_scores(x, memory, scan, dtype)
+    scores = scan_scores(x, memory, scan, dtype, int8_queries=int8_queries)
     best = np.argsort(-scores, axis=1, kind="stable")[:, :candidates]
     among = np.zeros(scores.shape, np.bool_)
     np.put_along_axis(among, best, True, axis=1)
     return rank(inner_products(x, memory, dtype), x, memory, dtype, among)
 
 
+def round_queries(queries: Floats) -> Floats:
+    """Queries [T, D] in steps of a 127th of the largest element of each."""
+    largest = np.abs(queries).max(axis=1, keepdims=True)
+    unit = queries / np.where(largest > 0, largest, 1)
+    rounded: Floats = np.rint(unit * 127) * (largest / 127)
+    return rounded
+
+
 def scan_scores(
-    x: Floats, memory: GateMemory, scan: ScanKeys, dtype: type[np.floating[Any]]
+    x: Floats,
+    memory: GateMemory,
+    scan: ScanKeys,
+    dtype: type[np.floating[Any]],
+    *,
+    int8_queries: bool = False,
 ) -> Floats:
     """What the scan ranks by [T, N]: q·key, or what falls with the distance; -inf from n_valid."""
+    queries = prepare_queries(x, memory)
+    if int8_queries:
+        queries = round_queries(queries)
     # Capacity may hold anything, NaN and infinities too.
     with np.errstate(invalid="ignore", over="ignore"):
-        products = prepare_queries(x, memory) @ scan.keys.T.astype(dtype)
+        products = queries @ scan.keys.T.astype(dtype)
         scores = products * scan.scales[:, 0].astype(dtype)
         if memory.similarity == "rbf":
             scores = 2 * scores - scan.scales[:, 1].astype(dtype)
     exists = np.arange(len(scan.keys)) < memory.n_valid
     masked: Floats = np.where(exists, scores, -np.inf)
     return masked
+
+
+def rank_candidates(
+    candidates: NDArray[np.int64],
+    x: Floats,
+    memory: GateMemory,
+    dtype: type[np.floating[Any]],
+) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
+    """The K best of candidates [T, R] of each x [T, D], whose keys alone are read.
+
+    Args:
+        candidates: Of each row entries in rising order, R ≥ min(K, N).
+        x: Router inputs.
+        memory: What they are entries of.
+        dtype: Arithmetic.
+    """
+    queries = prepare_queries(x, memory)
+    scores = np.empty(candidates.shape, dtype)
+    kept = np.empty((candidates.shape[1], memory.keys.shape[1]), memory.keys.dtype)
+    multipliers, norms = memory.key_scales[candidates].astype(dtype).transpose(2, 0, 1)
+    # Capacity may hold anything, NaN and infinities too.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for row, entries in enumerate(candidates):
+            memory.keys.take(entries, axis=0, out=kept, mode="clip")
+            # Not a product of matrices: libraries of those take threads that nobody gave them.
+            np.einsum("rd,d->r", kept, queries[row], out=scores[row])
+        scores *= multipliers
+        if memory.similarity == "rbf":
+            scores = 2 * scores - norms
+    exists = candidates < memory.n_valid
+    scores = np.where(exists, scores, -np.inf)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : min(memory.k, len(memory.keys))]
+    found, best = (np.take_along_axis(rows, order, axis=1) for rows in (exists, scores))
+    if memory.similarity == "rbf":
+        squares = (queries**2).sum(axis=1, keepdims=True)
+        best = np.exp(-dtype(memory.calibration.gamma) * np.maximum(squares - best, 0))
+    similarities = np.clip(np.where(found, best, 0), 0, 1).astype(dtype)
+    return np.take_along_axis(candidates, order, axis=1), similarities, found
 
 
 def knn_blend_in_two_stages(
@@ -113,6 +170,7 @@ def knn_blend_in_two_stages(
     lengths: NDArray[np.int64],
     *,
     dtype: type[np.floating[Any]] = np.float32,
+    int8_queries: bool = False,
 ) -> Blended:
     """`blend.knn_blend` with the search in two stages.
 
@@ -120,5 +178,7 @@ def knn_blend_in_two_stages(
         SettingError: Unless K ≤ R ≤ 64.
     """
     x, rows = x.astype(dtype), rows.astype(dtype)
-    neighbors, similarities, found = search_in_two_stages(x, memory, scan, candidates, dtype)
+    neighbors, similarities, found = search_in_two_stages(
+        x, memory, scan, candidates, dtype, int8_queries=int8_queries
+    )
     return blend_found(rows, memory, neighbors, similarities, found, state, lengths, dtype=dtype)

@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 
 # Named here again so that `--help` need not import what defines them; a test compares.
 LAYOUTS = ("split", "fused")
-BACKENDS = ("auto", "onnx", "numpy", "numpy-float64", "faiss", "faiss-gpu")
+BACKENDS = ("auto", "onnx", "numpy", "numpy-float64", "two-stage", "faiss", "faiss-gpu")
 VARIANTS = ("logits", "assignment", "residual")
 DEVICES = ("cpu", "cuda")
 DEVICE_GATES = ("cuda", "plugin")

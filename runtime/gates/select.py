@@ -10,18 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blend import GateMemory
-from ..engines.base import Engine
+from ..engines.onnxruntime import OrtEngine
 from ..errors import BackendError
 from ..routing import RoutingRule
 from .base import Gate
 from .faiss import EXACT_ENTRIES, FaissGate, FaissGpuGate, build_index, check_gpu, load_faiss
 from .numpy import NumpyGate
 from .onnx import OnnxGate, graph_name
+from .two_stage import TwoStageGate, pays
 
-Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "faiss", "faiss-gpu"]
+Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "two-stage", "faiss", "faiss-gpu"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-EngineOf = Callable[[str], Engine]
+EngineOf = Callable[[str], OrtEngine]
 
 
 def make_gate(
@@ -42,11 +43,15 @@ def make_gate(
 
     Raises:
         BackendError: If the backend is unknown, or what it needs is missing: faiss, a GPU.
+        SettingError: If the memory asks for more neighbours than the backend can find.
     """
     if backend not in BACKENDS:
         raise BackendError("gate", "unknown backend", expected=BACKENDS, found=backend)
     chosen = choose(memory) if backend == "auto" else backend
-    if chosen == "onnx":
+    if chosen == "two-stage" and memory is not None:
+        engine = engine_of(graph_name(memory))
+        return TwoStageGate.over(engine, memory, rule, experts_per_token, selection_bias)
+    if chosen in ("onnx", "two-stage"):
         return OnnxGate.over(engine_of(graph_name(memory)), memory, selection_bias)
     if chosen == "faiss" and memory is not None:
         index = build_index(memory)
@@ -65,6 +70,12 @@ def make_gate(
 
 
 def choose(memory: GateMemory | None) -> Backend:
-    """The ONNX graph; faiss for memories too large to scan whole at every token, if installed."""
-    large = memory is not None and memory.n_valid > EXACT_ENTRIES
-    return "faiss" if large and find_spec("faiss") is not None else "onnx"
+    """The ONNX graph, which scans the keys as they are; for larger memories the two stages.
+
+    For memories too large to scan whole at every token it is faiss, if that is installed.
+    """
+    if memory is None:
+        return "onnx"
+    if memory.n_valid > EXACT_ENTRIES and find_spec("faiss") is not None:
+        return "faiss"
+    return "two-stage" if pays(memory) else "onnx"

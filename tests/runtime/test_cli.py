@@ -95,7 +95,8 @@ def test_the_memory_and_its_settings_reach_the_model(bundle: Path, pack: Path) -
     assert logprobs("--memory", pack, "--layout", "fused", "--threads", 1) == pytest.approx(
         memory, abs=1e-4
     )
-    assert logprobs("--memory", pack, "--gate", "numpy") == pytest.approx(memory, abs=1e-4)
+    for gate in ("numpy", "two-stage"):
+        assert logprobs("--memory", pack, "--gate", gate) == pytest.approx(memory, abs=1e-4)
 
 
 def test_sampling_is_turned_on_by_its_options_and_fixed_by_the_seed(bundle: Path) -> None:
