@@ -9,7 +9,7 @@ from typing import Any
 
 from knnmoe.runtime.bundle import MAX_GATES, ModelShape
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
-from knnmoe.runtime.errors import CheckpointError
+from knnmoe.runtime.errors import CheckpointError, SettingError
 from knnmoe.runtime.routing import RoutingRule
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -52,6 +52,7 @@ class TensorNames:
     shared_up: str | None = None
     shared_down: str | None = None
     shared_router: str | None = None  # [1, D]: how much of it, as a logit
+    selection_bias: str | None = None  # [E]: the routing rule selects by score plus this
     ignored: tuple[str, ...] = ()  # names that old checkpoints carry and nobody needs
 
 
@@ -74,6 +75,9 @@ class ConfigNames:
     sparse_step: str | None = None  # every so many layers one has experts
     top_k: str = "num_experts_per_tok"
     renormalize: str | None = "norm_topk_prob"
+    routing_scale: str | None = None
+    groups: str | None = None  # of experts; null in the config is one
+    top_groups: str | None = None
     norm_epsilon: str = "rms_norm_eps"
     clip_qkv: str | None = None
     activation: str = "hidden_act"
@@ -96,7 +100,8 @@ class Family:
         name: As the manifest and messages have it.
         model_type: The `model_type` of its configs.
         tensors: Names of its tensors.
-        score: How its router's logits become scores.
+        score: How its router's logits become scores; see `RoutingRule`, as for the next two.
+        group_score: What its groups of experts are ranked by.
         renormalize: Whether the selected experts' weights are divided by their sum, where no entry
             of the config says so.
         activation: Of its experts: act(gate) · up.
@@ -112,6 +117,7 @@ class Family:
     model_type: str
     tensors: TensorNames
     score: str = "softmax"
+    group_score: str = "max"
     renormalize: bool = False
     activation: str = "silu"
     head_norms: bool = False
@@ -211,12 +217,9 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
     layers = _layers(config, names)
     gates = sum(layer.gate is not None for layer in layers)
     experts = config.count(names.num_experts)
-    top_k = config.count(names.top_k)
     head_size = _head_size(config, family, hidden, heads)
     if heads % kv_heads:
         raise config.wrong(names.num_kv_heads, "does not divide the heads", f"a divisor of {heads}")
-    if top_k > experts:
-        raise config.wrong(names.top_k, "is more than there are experts", f"at most {experts}")
     config.must_be(names.activation, family.activation)
     return Architecture(
         family=family,
@@ -231,13 +234,7 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
             head_size=head_size,
             max_positions=config.count(names.max_positions),
         ),
-        routing=RoutingRule(
-            top_k=top_k,
-            score=family.score,
-            renormalize=(
-                config.flag(names.renormalize) if names.renormalize else family.renormalize
-            ),
-        ),
+        routing=_routing(config, family, experts),
         layers=layers,
         expert_width=config.count(names.expert_width),
         dense_width=(
@@ -250,6 +247,39 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         clip_qkv=_clip(config, names.clip_qkv),
         tied_head=config.flag(names.tied_head),
     )
+
+
+def _routing(config: _Config, family: Family, experts: int) -> RoutingRule:
+    names = family.config
+    top_k = config.count(names.top_k)
+    if top_k > experts:
+        raise config.wrong(names.top_k, "is more than there are experts", f"at most {experts}")
+    groups, top_groups = (
+        config.count(name, default=1) if name else 1 for name in (names.groups, names.top_groups)
+    )
+    try:
+        rule = RoutingRule(
+            top_k=top_k,
+            score=family.score,
+            renormalize=(
+                config.flag(names.renormalize) if names.renormalize else family.renormalize
+            ),
+            scale=config.positive(names.routing_scale) if names.routing_scale else 1.0,
+            groups=groups,
+            top_groups=top_groups,
+            group_score=family.group_score,
+            selection_bias=family.tensors.selection_bias is not None,
+        )
+        rule.check_experts(experts)
+    except SettingError as error:
+        raise CheckpointError(
+            config.where,
+            f"states a routing rule that cannot be: {error.where} {error.problem}",
+            expected=error.expected,
+            found=error.found,
+            fix=NOT_DESCRIBED,
+        ) from error
+    return rule
 
 
 def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
@@ -276,6 +306,7 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
         gate, up, down = names.dense_gate, names.dense_up, names.dense_down
     else:
         found |= {names.router: (experts, hidden), names.shared_router: (1, hidden)}
+        found |= {names.selection_bias: (experts,)}
         width = architecture.shared_width
         gate, up, down = names.shared_gate, names.shared_up, names.shared_down
     if width is not None:
@@ -340,7 +371,7 @@ class _Config:
     """Access to `config.json` with the family's defaults; every error names the entry."""
 
     def __init__(self, content: Mapping[str, Any], where: Path, family: Family) -> None:
-        self._where = where
+        self.where = where
         self._content = dict(family.defaults) | dict(content)
         for other, name in family.aliases:
             if other not in content:
@@ -354,7 +385,7 @@ class _Config:
 
     def wrong(self, name: str, problem: str, expected: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._where}: {name}",
+            f"{self.where}: {name}",
             problem,
             expected=expected,
             found=str(self._content.get(name, "nothing"))[:200],

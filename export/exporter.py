@@ -18,6 +18,7 @@ from knnmoe.runtime.atomic import check_replaceable, new_directory
 from knnmoe.runtime.bundle import (
     GATE_GRAPHS,
     QUANTIZED_ONNXRUNTIME,
+    SELECTION_BIAS,
     TOKENIZER,
     Bundle,
     FileSpec,
@@ -31,6 +32,7 @@ from knnmoe.runtime.bundle import (
 )
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError, OutputError, SettingError
+from knnmoe.runtime.selection_bias import TENSOR
 
 from .architecture import Architecture, describe
 from .families import family_of
@@ -42,7 +44,7 @@ from .lowering.ort_weights import segment_weights
 from .quantize import TensorError
 from .split import ModelPlan, fused_graph, segment_graph, segment_layers
 from .storage import QuantizeOptions, Storage, storage_for
-from .weights import PlannedTensor, plan_file, write_file
+from .weights import PlannedFile, PlannedTensor, plan_file, row_chunks, write_file
 
 FUSED_GATE = "cosine"  # the gate graph inside the fused layout
 GENERATION_CONFIG = "generation_config.json"
@@ -165,7 +167,11 @@ def export(
             gates[name] = _write_graph(
                 directory, f"gates/{name}.onnx", g, files, gate_functions(name)
             )
-        count = _counter("weights", sum(plan.nbytes for plan in weights), progress)
+        biases = _plan_selection_biases(architecture, source)
+        total = sum(plan.nbytes for plan in (*weights, *biases))
+        count = _counter("weights", total, progress)
+        for file in biases:
+            files[SELECTION_BIAS] = write_file(file, directory / "gates", count)
         for file in weights:
             files[f"segments/{file.name}"] = write_file(file, directory / "segments", count)
         for name, content in copies.items():
@@ -236,6 +242,19 @@ def _plan_weights(architecture: Architecture, source: Checkpoint) -> dict[str, l
         f"{index:02d}.safetensors": segment_weights(architecture, source, index)
         for index in range(architecture.shape.num_gates + 1)
     }
+
+
+def _plan_selection_biases(architecture: Architecture, source: Checkpoint) -> list[PlannedFile]:
+    """The file of the gates' selection biases [G, E], if the routing rule has them."""
+    template = architecture.family.tensors.selection_bias
+    if template is None:
+        return []
+    names = [template.format(layer=layer) for layer in architecture.gate_layers]
+    size = (len(names), architecture.shape.num_experts)
+    planned = PlannedTensor(
+        TENSOR, size, lambda: (rows for n in names for rows in row_chunks(source.tensor(n)))
+    )
+    return [plan_file(Path(SELECTION_BIAS).name, [planned])]
 
 
 def _lower_quantized(

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from knnmoe.runtime.bundle import FROZEN, Bundle
 from knnmoe.runtime.engines.requirements import check_onnxruntime
 from knnmoe.runtime.errors import BackendError, VerificationError
+from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.selection_bias import read_selection_biases
 
 from .families import FAMILIES
 from .storage import EXPERT_PARTS, FIELD_PARTS, Storage
@@ -227,6 +229,7 @@ class SplitRunner:
         load = _exact_session if exact and bundle.manifest.quantization else _session
         self._segments = [load(bundle, segment.file) for segment in bundle.manifest.segments]
         self._gate = _session(bundle, bundle.manifest.gates[FROZEN].file)
+        self._selection_biases = read_selection_biases(bundle)
         self._given = None if decisions is None else iter(decisions)
         self.decisions: list[Decision] = []
 
@@ -281,14 +284,14 @@ class SplitRunner:
         A sequence without a token in this call writes one that the next call overwrites.
         """
         batch, width = ids.shape
-        values: dict[str, NDArray[Any]] = {
+        values: dict[str, Any] = {
             "input_ids": ids,
             "seqlens_k": (totals - 1).astype(np.int32),
             "total_sequence_length": np.array(totals.max(), np.int32),
             "logit_rows": np.arange(ids.size, dtype=np.int64),
         }
         router_logits, expert_ids = [], []
-        for segment in self._segments:
+        for index, segment in enumerate(self._segments):
             feeds = {
                 spec.name: values[spec.name] if spec.name in values else cache[spec.name]
                 for spec in segment.get_inputs()
@@ -300,8 +303,8 @@ class SplitRunner:
                 else:
                     values[name.removesuffix("_out")] = output
             if segment is not self._segments[-1]:
-                gate_feeds = {name: values[name] for name in ("router_input", "router_logits")}
-                gate_feeds = {spec.name: gate_feeds[spec.name] for spec in self._gate.get_inputs()}
+                values["selection_bias"] = self._selection_biases[index]
+                gate_feeds = {spec.name: values[spec.name] for spec in self._gate.get_inputs()}
                 ids_, weights = self._gate.run(["expert_ids", "expert_weights"], gate_feeds)
                 if self._given is not None:
                     ids_, weights = next(self._given)
@@ -381,7 +384,7 @@ def _reference(
     )
     model.eval()
     _restore(model, bundle)
-    rule = bundle.manifest.routing
+    rule, biases = bundle.manifest.routing, read_selection_biases(bundle)
     expected = []
     for sequences in tokens:
         row = []
@@ -389,7 +392,7 @@ def _reference(
             with torch.inference_mode():
                 output = model(torch.from_numpy(sequence)[None], output_router_logits=True)
             gates = np.stack([gate.float().numpy() for gate in output.router_logits])
-            ids = np.stack([rule.apply(gate)[0] for gate in gates])
+            ids = np.stack([rule.apply(*pair)[0] for pair in zip(gates, biases, strict=True)])
             row.append(_Outputs(gates, ids, output.logits[0].float().numpy()))
             step()
         expected.append(row)
@@ -476,13 +479,14 @@ def _compare(
     tolerance: float,
 ) -> VerifyReport:
     gates = np.zeros(bundle.manifest.architecture.num_gates)
+    biases = read_selection_biases(bundle)
     logits, ties, positions = 0.0, 0, 0
     by_case: dict[str, float] = {}
     for case, wanted, got in zip(cases, expected, found, strict=True):
         worst = 0.0
         for want, have in zip(wanted, got, strict=True):
             length = len(want.logits)
-            limits = _comparable(want, have, bundle, tolerance)
+            limits = _comparable(want, have, bundle.manifest.routing, biases, tolerance)
             errors = [
                 _largest(want.router_logits[g, :limit] - have.router_logits[g, :limit])
                 for g, limit in enumerate(limits[:-1])
@@ -505,21 +509,24 @@ def _compare(
     return VerifyReport(tuple(map(float, gates)), logits, by_case, ties, tolerance)
 
 
-def _comparable(want: _Outputs, have: _Outputs, bundle: Bundle, tolerance: float) -> list[int]:
+def _comparable(
+    want: _Outputs,
+    have: _Outputs,
+    rule: RoutingRule,
+    biases: Sequence[Floats | None],
+    tolerance: float,
+) -> list[int]:
     """How many leading positions can be compared at each gate, and of the logits.
 
-    Where the last expert chosen and the first one not chosen have the same logit within the
+    Where the last expert (or group) chosen and the first one not chosen rank the same within the
     tolerance, rounding decides, and everything computed from there on may differ.
     """
-    count = bundle.manifest.routing.top_k
+    count = rule.top_k
     limits = [len(want.logits)]
-    for logits, ids, other in zip(
-        want.router_logits, want.expert_ids, have.expert_ids, strict=True
+    for logits, bias, ids, other in zip(
+        want.router_logits, biases, want.expert_ids, have.expert_ids, strict=True
     ):
-        ranked = -np.sort(-logits, axis=1)
-        tied = np.zeros(len(logits), bool)
-        if count < ranked.shape[1]:
-            tied = ranked[:, count - 1] - ranked[:, count] <= tolerance
+        tied = rule.margins(logits, bias) <= tolerance
         differ = (np.sort(ids[:, :count], axis=1) != np.sort(other[:, :count], axis=1)).any(axis=1)
         excused = np.flatnonzero(tied & differ)
         limits.append(min(limits[-1], int(excused[0])) if len(excused) else limits[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +161,23 @@ class RoutingRule:
         """
         return self._ranked(self._scores(router_logits), selection_bias)
 
+    def margins(self, router_logits: Floats, selection_bias: Floats | None = None) -> Floats:
+        """How near each token is to another selection, [T]: 0 for a tie, inf where there is none.
+
+        The difference between what was selected last and what was first not to be, of experts or of
+        groups. In logits where those rank alike, else in scores.
+
+        Arguments and errors as of `apply`.
+        """
+        by_logits = not self.selection_bias and self.score != "sigmoid"
+        by_logits = by_logits and (self.groups == 1 or self.group_score == "max")
+        rule = replace(self, score="softmax-topk", renormalize=False) if by_logits else self
+        scores = rule._biased(rule._scores(router_logits), selection_bias)
+        margins = _margins(rule._in_best_groups(scores), self.top_k)
+        if self.groups > 1:
+            margins = np.minimum(margins, _margins(rule._group_ranks(scores), self.top_groups))
+        return margins
+
     def to_json(self) -> dict[str, Any]:
         """The rule as a bundle's manifest states it: without what is as in a rule without it."""
         fields = asdict(self)
@@ -186,7 +203,10 @@ class RoutingRule:
         return router_logits
 
     def _ranked(self, scores: Floats, selection_bias: Floats | None) -> Floats:
-        tokens, experts = scores.shape
+        return self._in_best_groups(self._biased(scores, selection_bias))
+
+    def _biased(self, scores: Floats, selection_bias: Floats | None) -> Floats:
+        experts = scores.shape[1]
         self.check_experts(experts)
         if (selection_bias is None) == self.selection_bias:
             raise SettingError(
@@ -203,18 +223,28 @@ class RoutingRule:
                     found=list(selection_bias.shape),
                 )
             scores = scores + selection_bias.astype(scores.dtype)
+        return scores
+
+    def _in_best_groups(self, scores: Floats) -> Floats:
+        """The scores [T, E] with -inf outside of the best groups."""
         if self.groups == 1:
             return scores
-        grouped = scores.reshape(tokens, self.groups, -1)
-        numbers = np.where(np.isnan(grouped), -np.inf, grouped)
+        chosen = np.zeros((len(scores), self.groups), bool)
+        groups = top_indices(self._group_ranks(scores), self.top_groups)
+        np.put_along_axis(chosen, groups, True, axis=1)
+        inside = np.repeat(chosen, scores.shape[1] // self.groups, axis=1)
+        ranked: Floats = np.where(inside, scores, scores.dtype.type(-np.inf))
+        return ranked
+
+    def _group_ranks(self, scores: Floats) -> Floats:
+        """What the groups are selected by, [T, groups]; a NaN among the scores counts for -inf."""
+        grouped = scores.reshape(len(scores), self.groups, -1)
+        numbers = np.where(np.isnan(grouped), scores.dtype.type(-np.inf), grouped)
         if self.group_score == "max":
-            ranks = numbers.max(axis=2)
-        else:
-            ranks = np.sort(numbers, axis=2)[:, :, -2:].sum(axis=2)
-        chosen = np.zeros(ranks.shape, bool)
-        np.put_along_axis(chosen, top_indices(ranks, self.top_groups), True, axis=1)
-        ranked: Floats = np.where(chosen[:, :, None], grouped, -np.inf).astype(scores.dtype)
-        return ranked.reshape(tokens, experts)
+            best: Floats = numbers.max(axis=2)
+            return best
+        two: Floats = np.sort(numbers, axis=2)[:, :, -2:].sum(axis=2)
+        return two
 
 
 def select_assignments(assignments: Floats, count: int) -> tuple[NDArray[np.int32], Floats]:
@@ -235,6 +265,15 @@ def select_assignments(assignments: Floats, count: int) -> tuple[NDArray[np.int3
 def top_indices(rows: Floats, count: int) -> NDArray[np.int64]:
     """Column indices [T, count] of the largest entries of each row, ties by lower index."""
     return np.argsort(-rows, axis=1, kind="stable")[:, :count]
+
+
+def _margins(rows: Floats, count: int) -> Floats:
+    """Of each row, its `count`-th largest entry minus the next; inf where there is no next."""
+    if count == rows.shape[1]:
+        return np.full(len(rows), np.inf, rows.dtype)
+    ranked = -np.sort(-rows, axis=1)
+    margins: Floats = ranked[:, count - 1] - ranked[:, count]
+    return margins
 
 
 def _softmax(rows: Floats) -> Floats:

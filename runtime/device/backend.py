@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knnmoe.trt_plugins import library
 from knnmoe.trt_plugins.cupy_prototype import CupyBlend
@@ -23,7 +24,8 @@ from ..gates.base import Gate
 from ..gates.cuda import CudaGate, resident_blend
 from ..gates.onnx import OnnxGate, graph_name
 from ..host import LayoutName, fused_memory
-from ..layouts import FusedWiring, SplitWiring, Wiring
+from ..layouts import FusedWiring, SplitWiring, Wiring, bias_inputs
+from ..selection_bias import read_selection_biases
 from .append import AppendingEngine
 from .cuda import Cuda
 from .layout import DeviceLayout, DeviceLimits
@@ -85,6 +87,7 @@ class DeviceBackend:
         self._cuda = Cuda() if cuda is None else cuda
         self._load = load or engine_loader(engines, bundle, self._cuda)
         self._kernels = StepKernels(cupy=self._cuda.cupy)
+        self._selection_biases = _on_device(self._cuda, read_selection_biases(bundle))
         self._engines: dict[str, Engine] = {}
         self._layout: DeviceLayout | None = None
         self._resident: ResidentMemory | None = None
@@ -166,7 +169,7 @@ class DeviceBackend:
         if self.layout_name == "split":
             layers = tuple(segment.layers for segment in manifest.segments)
             return SplitWiring(shape, room, engines, layers, gates, zeros)
-        inputs: dict[str, Array] = {}
+        inputs = bias_inputs(self._selection_biases)
         for gate in range(shape.num_gates):
             inputs |= {f"{name}_{gate}": a for name, a in resident.arrays(gate).items()}
         columns = tuple(self._engine_columns(resident, g) for g in range(shape.num_gates))
@@ -188,7 +191,7 @@ class DeviceBackend:
         resident: ResidentMemory,
         beside: CupyBlend | None,
     ) -> Gate:
-        rule = self._bundle.manifest.routing
+        rule, bias = self._bundle.manifest.routing, self._selection_biases[gate]
         if self._settings.gate == "plugin":
             name = graph_name(memory)
             if name not in self._set.gates:
@@ -200,10 +203,11 @@ class DeviceBackend:
                 )  # fmt: skip
             engine = self._engine(self._set.gates[name])
             if memory is None:
-                return OnnxGate(engine, {}, 0)
-            return OnnxGate(engine, resident.arrays(gate), self._engine_columns(resident, gate))
+                return OnnxGate(engine, {}, 0, bias)
+            columns = self._engine_columns(resident, gate)
+            return OnnxGate(engine, resident.arrays(gate), columns, bias)
         if memory is None:
-            return CudaGate(self._cuda, self._kernels, rule)
+            return CudaGate(self._cuda, self._kernels, rule, selection_bias=bias)
         columns = resident.columns(gate)
         blend = resident_blend(
             self._cuda,
@@ -213,7 +217,7 @@ class DeviceBackend:
             max_tokens=self._most_tokens,
             beside=beside,
         )
-        return CudaGate(self._cuda, self._kernels, rule, blend, memory.rule_first, columns)
+        return CudaGate(self._cuda, self._kernels, rule, blend, memory.rule_first, columns, bias)
 
     @property
     def _most_tokens(self) -> int:
@@ -241,6 +245,19 @@ class DeviceBackend:
         if file not in self._engines:
             self._engines[file] = self._load(self._set.file(file))
         return self._engines[file]
+
+
+def _on_device(
+    cuda: Cuda, biases: Sequence[NDArray[np.float32] | None]
+) -> tuple[Array | None, ...]:
+    """The selection biases [E] of the gates on the device, where they stay."""
+    there: list[Array | None] = []
+    for bias in biases:
+        there.append(None if bias is None else cuda.zeros(bias.shape, bias.dtype))
+        if bias is not None:
+            cuda.upload(bias, there[-1])
+    cuda.synchronize()  # the host's go now
+    return tuple(there)
 
 
 def engine_loader(engines: EngineSet, bundle: Bundle, cuda: Cuda) -> LoadEngine:

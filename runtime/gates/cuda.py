@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class CudaGate:
         blend: Over the resident memory; None routes by the frozen router.
         rule_first: The `assignment` variant: rule, then blend.
         neighbors: K' of a trace, 0 without a memory.
+        selection_bias: [E] on the device, of this gate, where the rule has one.
     """
 
     cuda: Cuda
@@ -68,16 +69,13 @@ class CudaGate:
     blend: CupyBlend | None = None
     rule_first: bool = False
     neighbors: int = 0
+    selection_bias: Array | None = None
 
     backend = "cuda"
 
     def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
         """See `Gate.bind`; buffers and trace are arrays on the device."""
-        rule: dict[str, Any] = {
-            "top_k": self.rule.top_k,
-            "renormalize": self.rule.renormalize,
-            "scale": self.rule.scale,
-        }
+        rule = self.rule.numbers() | {"selection_bias": self.selection_bias}
         ids, weights = buffers.expert_ids, buffers.expert_weights
         if self.blend is None:
             return self.kernels.route(buffers.router_logits, ids, weights, **rule)

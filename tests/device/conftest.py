@@ -36,7 +36,7 @@ Load = Callable[..., Setup]
 
 @pytest.fixture(scope="session")
 def engine_sets(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Callable[..., Path]:
-    """Engine sets of the tiny bundle by options, built once each."""
+    """Engine sets of the tiny bundle, or another, by options, built once each."""
     pytest.importorskip("onnx_ir")
     import onnx
 
@@ -50,11 +50,11 @@ def engine_sets(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> 
 
     made: dict[Any, Path] = {}
 
-    def make(*, gates: bool = False, **options: Any) -> Path:
-        key = (gates, *sorted(options.items()))
+    def make(*, bundle_path: Path = tiny_bundle, gates: bool = False, **options: Any) -> Path:
+        key = (bundle_path, gates, *sorted(options.items()))
         if key in made:
             return made[key]
-        bundle = Bundle.open(tiny_bundle)
+        bundle = Bundle.open(bundle_path)
         folder = tmp_path_factory.mktemp("engines") / "set"
         settings = BuildSettings(backend="onnxruntime", limits=LIMITS, **options)
         engines = build(bundle, settings, output=folder).engine_set
@@ -70,7 +70,7 @@ def engine_sets(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> 
             phase = "decode" if file.startswith("decode") else "prefill"
             content = engine_file(
                 graph,
-                weights=tiny_bundle / "segments",
+                weights=bundle_path / "segments",
                 profile=profile(specs, dimension_ranges(LIMITS, phase)),
                 neighbors=64 if file in more else 8,
             )
@@ -93,10 +93,10 @@ def load(tiny_bundle: Path, engine_sets: Callable[..., Path]) -> Load:
 
     def load(
         *, memory: Any = None, settings: DeviceSettings | None = None, cupy: Any = None,
-        pack: dict[str, Any] | None = None, **options: Any,
+        pack: dict[str, Any] | None = None, bundle_path: Path = tiny_bundle, **options: Any,
     ) -> Setup:  # fmt: skip
-        options = {"precision": "float32", **options}
-        bundle = Bundle.open(tiny_bundle)
+        options = {"precision": "float32", "bundle_path": bundle_path, **options}
+        bundle = Bundle.open(bundle_path)
         cupy = fake_cupy() if cupy is None else cupy
         cuda = Cuda(cupy=cupy, cupyx=cupy.cupyx)
         scratch = Scratch(cuda)
