@@ -9,14 +9,21 @@ import onnxruntime
 import pytest
 
 from knnmoe.export.gate_graphs import GateShape, gate_functions, gate_graph
+from knnmoe.export.graph import IR_VERSIONS, OPSET
+from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.bundle import GATE_GRAPHS
+from knnmoe.runtime.calibration import preset
+from knnmoe.runtime.errors import SettingError
+from knnmoe.runtime.gates.base import GateBuffers
+from knnmoe.runtime.gates.numpy import NumpyGate
+from knnmoe.runtime.gates.onnx import graph_name, memory_inputs
 from knnmoe.runtime.routing import RoutingRule
 
 D, E, T = 8, 6, 10
 
 
-def session(name: str, shape: GateShape) -> onnxruntime.InferenceSession:
-    model = ir.to_proto(gate_graph(name, shape).model(gate_functions(name)))
+def session(name: str, shape: GateShape, opset: int = OPSET) -> onnxruntime.InferenceSession:
+    model = ir.to_proto(gate_graph(name, shape, opset).model(gate_functions(name, opset)))
     onnx.checker.check_model(model, full_check=True)
     return onnxruntime.InferenceSession(model.SerializeToString())
 
@@ -131,3 +138,76 @@ def test_without_confidence_every_gate_is_the_frozen_one(name, room):
     expected = dense(*route(session("frozen", shape(room)), r))
     found = dense(*route(session(name, shape(room)), r, **memory(np.ones(E), 0.0)))
     np.testing.assert_array_equal(found, expected)
+
+
+RULES = {
+    "gpt-oss": RoutingRule(3, "softmax-topk", scale=2.0),
+    "deepseek-v2": RoutingRule(3, scale=16.0, groups=8, top_groups=3),
+    "deepseek-v3": RoutingRule(
+        3, "sigmoid", renormalize=True, scale=2.5, groups=4, top_groups=2, group_score="top2",
+        selection_bias=True,
+    ),
+    "glm-4": RoutingRule(3, "sigmoid", renormalize=True, selection_bias=True),
+    "softmax with a bias": RoutingRule(3, renormalize=True, selection_bias=True),
+    "groups of logits": RoutingRule(3, "softmax-topk", groups=4, top_groups=2),
+}  # fmt: skip
+MANY, WIDE = 16, 40  # experts, tokens
+
+
+def random_memory(name: str, rng: np.random.Generator, rule: RoutingRule, bias) -> GateMemory:
+    keys = rng.normal(size=(20, D)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    values = rng.normal(size=(20, MANY)).astype(np.float32)
+    first = name.endswith("-assignment")
+    return GateMemory(
+        keys=keys, key_scales=np.ones((20, 2), np.float32),
+        values=rule.assignments(values, bias) if first else values,
+        n_valid=17, k=4, center=np.zeros(D, np.float32),
+        calibration=preset("assignment" if first else "logits"),
+        similarity="rbf" if name.startswith("rbf") else "cosine", rule_first=first,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", IR_VERSIONS)
+@pytest.mark.parametrize("name", GATE_GRAPHS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("room", [3, 7])
+def test_every_graph_of_every_rule_is_the_gate_of_numpy(
+    rule: RoutingRule, name: str, opset: int, room: int
+) -> None:
+    rng = np.random.default_rng(room)
+    bias = rng.normal(0, 0.2, MANY).astype(np.float32) if rule.selection_bias else None
+    memory = None if name == "frozen" else random_memory(name, rng, rule, bias)
+    assert graph_name(memory) == name
+    x = rng.normal(size=(WIDE, D)).astype(np.float32)
+    r = rng.normal(size=(WIDE, MANY)).astype(np.float32)
+    ids, weights = np.zeros((WIDE, room), np.int32), np.zeros((WIDE, room), np.float32)
+    buffers = GateBuffers(
+        x, r, np.zeros((1, 2), np.float32), np.array([WIDE]), ids, weights,
+        np.zeros((1, 2), np.float32),
+    )  # fmt: skip
+    NumpyGate(rule, room, memory, selection_bias=bias).bind(buffers)()
+    graph = session(name, GateShape(D, MANY, room, rule), opset)
+    feeds: dict[str, np.ndarray] = {"router_input": x, "router_logits": r}
+    feeds |= {} if bias is None else {"selection_bias": bias}
+    feeds |= {} if memory is None else memory_inputs(memory)
+    feeds |= {"state": buffers.state, "lengths": buffers.lengths}
+    names = {spec.name for spec in graph.get_inputs()}
+    found_ids, found = graph.run(["expert_ids", "expert_weights"], {n: feeds[n] for n in names})
+    assert ("selection_bias" in names) == rule.selection_bias
+    weighed = weights != 0  # an expert of weight 0 is nobody's business
+    np.testing.assert_array_equal(found_ids[weighed], ids[weighed])
+    np.testing.assert_allclose(found, weights, rtol=1e-5, atol=1e-6)
+    assert all(len(set(row)) == room for row in found_ids)
+
+
+def test_equal_groups_and_experts_choose_the_lower() -> None:
+    rule = RoutingRule(3, "sigmoid", groups=4, top_groups=2, group_score="top2")
+    graph = session("frozen", GateShape(D, MANY, 3, rule))
+    ids, _ = route(graph, np.zeros((T, MANY), np.float32))
+    np.testing.assert_array_equal(ids, np.tile([0, 1, 2], (T, 1)))
+
+
+def test_a_rule_that_cannot_select_among_the_experts_makes_no_graph() -> None:
+    with pytest.raises(SettingError, match=r"^routing.groups: does not divide"):
+        gate_graph("frozen", GateShape(D, 10, 2, RoutingRule(2, groups=4)))
