@@ -18,6 +18,8 @@ from knnmoe.calibration.optimize import learn
 from knnmoe.calibration.partial import work_directory
 from knnmoe.calibration.settings import BuildSettings, UseSettings, parse_gates
 from knnmoe.calibration.teacher import Teacher
+from knnmoe.export.exporter import export
+from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.errors import (
     CheckpointError,
     InputError,
@@ -26,8 +28,9 @@ from knnmoe.runtime.errors import (
     SettingError,
 )
 from knnmoe.runtime.memory import GateEntries, MemoryPack
+from knnmoe.runtime.model import Model
 from knnmoe.runtime.tokenizer import Tokenizer
-from tiny import make_tiny_olmoe, write_tiny_tokenizer
+from tiny import make_tiny, make_tiny_olmoe, write_tiny_tokenizer
 
 Build = Callable[..., BuildReport]
 SMALL: dict[str, Any] = {"max_length": 32, "batch_tokens": 96, "learning_rate": 0.2}
@@ -91,6 +94,34 @@ def test_entries_follow_the_text_and_can_be_traced_back_to_it(
         assert [ids[p] for p in positions] == origins.token_ids[mine].tolist()
         # The last of every 32 tokens, and of the document, predicts nothing.
         assert set(range(len(ids))) - set(positions) <= {*range(31, len(ids), 32), len(ids) - 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("qwen3_moe", "first and last layers dense, two in a row"),
+        ("mixtral", "a window of 5, wide heads, many experts"),
+        ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+    ],
+)
+def test_a_memory_of_any_family_belongs_to_its_bundle(
+    build: Build, tmp_path: Path, family: str, kind: str
+) -> None:
+    """Its keys are what the gates of the bundle read, and it makes the text more likely."""
+    text = tmp_path / "text.txt"
+    text.write_text("A heron waited.")
+    checkpoint = make_tiny(tmp_path / "checkpoint", family, kind, seed=1)
+    report = build(tmp_path / "pack", checkpoint=checkpoint, references=[text])
+    export(checkpoint, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert report.pack.model.num_gates == bundle.manifest.architecture.num_gates
+    frozen = Model.load(bundle, threads=1)
+    routed = Model.load(bundle, memory=report.pack, neighbors=1, threads=1)
+    ids = routed.tokenizer.encode(text.read_text())
+    (first, *_) = routed.routing_trace(ids).gates
+    np.testing.assert_allclose(first.trace.similarities[:-1, 0], 1, atol=1e-3)
+    np.testing.assert_array_equal(first.trace.neighbors[:-1, 0], np.arange(len(ids) - 1))
+    assert routed.score(ids).mean() > frozen.score(ids).mean()
 
 
 def test_keys_and_logits_are_what_the_frozen_routers_read_and_say(

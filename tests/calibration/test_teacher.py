@@ -30,6 +30,7 @@ TINY: dict[str, Any] = {
 }
 FAMILIES = {
     "olmoe": transformers.OlmoeConfig,
+    "qwen2_moe": transformers.Qwen2MoeConfig,
     "qwen3_moe": transformers.Qwen3MoeConfig,
     "mixtral": transformers.MixtralConfig,
     "gpt_oss": transformers.GptOssConfig,
@@ -79,7 +80,7 @@ def test_the_gates_see_what_transformers_records(family: str) -> None:
         recorded = model(input_ids=TOKENS, use_cache=False, output_router_logits=True)
     assert list(seen) == [0, 1]
     routers = [
-        module for name, module in model.named_modules() if name.endswith(("gate", "router"))
+        module for name, module in model.named_modules() if name.endswith((".gate", ".router"))
     ]
     for gate, expected in enumerate(recorded.router_logits):
         x, logits = seen[gate]
@@ -88,6 +89,21 @@ def test_the_gates_see_what_transformers_records(family: str) -> None:
             x, routers[gate].weight, getattr(routers[gate], "bias", None)
         )
         torch.testing.assert_close(linear, logits)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_gates_are_counted_and_not_layers(family: str) -> None:
+    layers = {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]}
+    teacher = Teacher(random_model(FAMILIES[family](**TINY | layers)))
+    assert teacher.num_gates == 3
+    seen: list[int] = []
+
+    def note(gate: int, x: Tensor, logits: Tensor) -> Tensor:
+        seen.append(gate)
+        return logits
+
+    teacher.logits(TOKENS, note)
+    assert seen == [0, 1, 2]
 
 
 def test_the_weights_are_frozen(tiny_checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from knnmoe.export.architecture import describe
 from knnmoe.export.families import family_of
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.errors import CheckpointError
-from tiny import make_tiny_olmoe
+from tiny import FAMILIES, make_tiny, make_tiny_olmoe
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +119,107 @@ def test_buffers_of_old_checkpoints_are_ignored(source, tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     checkpoint = with_tensors(source, tmp_path, lambda t: t.update({name: np.zeros(8, "f4")}))
     assert opened(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    """The plain checkpoint of each family."""
+    return {family: make_tiny(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+def test_layers_are_described_one_by_one(tmp_path):
+    def layers(family: str, kind: str) -> list[tuple[int | None, int | None]]:
+        checkpoint = Checkpoint.open(make_tiny(tmp_path / family / kind, family, kind))
+        return [(layer.gate, layer.window) for layer in opened(checkpoint).layers]
+
+    first_and_last = layers("qwen3_moe", "first and last layers dense, two in a row")
+    assert [gate for gate, _ in first_and_last] == [None, None, 0, None, 1, None]
+    assert {window for _, window in first_and_last} == {None}
+    every_other = layers("qwen2_moe", "windows of 6 in every other layer, last layer dense")
+    assert every_other == [(0, 6), (1, None), (2, 6), (3, None), (None, None)]
+    by_list = layers("qwen2_moe", "windows of 4 by list, no biases, renormalised")
+    assert by_list == [(0, None), (1, 4), (2, 4), (3, None)]
+    assert layers("mixtral", "plain") == [(0, None), (1, None), (2, None)]
+
+
+def test_segments_hold_the_layers_between_their_gates(tmp_path):
+    kind = "first and last layers dense, two in a row"
+    architecture = opened(Checkpoint.open(make_tiny(tmp_path, "qwen3_moe", kind)))
+    assert architecture.gate_layers == (2, 4)
+    assert [list(architecture.segment_layers(i)) for i in range(3)] == [[0, 1, 2], [3, 4], [5]]
+
+
+def test_mixtral_renormalises_whatever_its_config_says(sources, tmp_path):
+    checkpoint = with_config(sources["mixtral"], tmp_path, norm_topk_prob=False)
+    assert opened(checkpoint).routing.renormalize
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", {"head_dim": 24}, "head_dim: gives heads of size 24; .* multiple of 16"),
+        ("qwen3_moe", {"head_dim": 48}, "q_proj.weight: has another shape"),
+        ("qwen3_moe", {"head_dim": ...}, "q_proj.weight: has another shape"),
+        ("qwen3_moe", {"head_dim": ..., "num_attention_heads": 6}, "does not divide the hidden"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers.0.mlp.gate_proj.weight is missing"),
+        ("qwen3_moe", {"mlp_only_layers": []}, "layers.1.mlp.gate.weight is missing"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "mlp_only_layers: leaves no layer with"),
+        ("qwen3_moe", {"mlp_only_layers": "1"}, "mlp_only_layers: malformed"),
+        ("qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers: malformed"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: malformed"),
+        ("qwen3_moe", {"decoder_sparse_step": 9, "mlp_only_layers": None}, "step: leaves no layer"),
+        ("qwen3_moe", {"num_local_experts": 9}, "num_local_experts: is not what num_experts says"),
+        ("qwen3_moe", {"num_experts": 9}, "mlp.gate.weight: has another shape"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "more than there are experts"),
+        ("qwen3_moe", {"moe_intermediate_size": 48}, "gate_proj.weight: has another shape"),
+        ("qwen3_moe", {"intermediate_size": 32}, "layers.1.mlp.gate_proj.weight: has another"),
+        ("qwen3_moe", {"attention_bias": True}, "q_proj.bias is missing"),
+        ("qwen3_moe", {"use_sliding_window": 1}, "use_sliding_window: malformed"),
+        ("qwen3_moe", WINDOWED | {"sliding_window": 0}, "sliding_window: malformed"),
+        ("qwen3_moe", {"num_hidden_layers": 5000}, "num_hidden_layers: is too large"),
+        ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling: asks"),
+        ("mixtral", {"sliding_window": -1}, "sliding_window: malformed"),
+        ("mixtral", {"num_local_experts": ...}, "num_local_experts: malformed"),
+        ("mixtral", {"head_dim": 32}, "q_proj.weight: has another shape"),
+        ("mixtral", {"num_local_experts": 7}, "block_sparse_moe.gate.weight: has another shape"),
+        ("qwen2_moe", {"qkv_bias": False}, "proj.bias: is not a tensor of the family qwen2_moe"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 32}, "shared_expert.gate_proj.weight: "),
+        ("qwen2_moe", {"shared_expert_intermediate_size": ...}, "shared_.*: malformed"),
+        ("qwen2_moe", WINDOWED | {"layer_types": ["full_attention"]}, "layer_types: malformed"),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 4}, "4 times full_attention; found"),
+        ("qwen2_moe", WINDOWED | {"max_window_layers": None}, "max_window_layers: malformed"),
+    ],
+)
+def test_a_familys_config_that_cannot_be_right_is_refused(
+    sources, tmp_path, family, changes, message
+):
+    with pytest.raises(CheckpointError, match=message):
+        opened(with_config(sources[family], tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_moe", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "1.mlp.up_proj.weight"),
+        ("qwen3_moe", lambda t: t.update(two_norms(t)), "q_norm.weight: has another shape"),
+        ("qwen3_moe", lambda t: t.update({"model.layers.1.mlp.gate.weight": np.zeros((8, 64))}),
+         "layers.1.mlp.gate.weight: is not a tensor of the family qwen3_moe"),
+        ("mixtral", lambda t: t.pop("model.layers.2.block_sparse_moe.experts.3.w3.weight"),
+         "experts.3.w3.weight is missing"),
+        ("qwen2_moe", lambda t: t.pop("model.layers.0.mlp.shared_expert_gate.weight"),
+         "shared_expert_gate.weight is missing"),
+        ("qwen2_moe", lambda t: t.pop("model.layers.3.self_attn.k_proj.bias"), "3.*k_proj.bias is"),
+    ],
+)  # fmt: skip
+def test_a_familys_tensors_that_do_not_fit_are_refused(sources, tmp_path, family, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        opened(with_tensors(sources[family], tmp_path, change))
+
+
+def two_norms(tensors):
+    """A norm over all heads where one over each is meant."""
+    name = "model.layers.0.self_attn.q_norm.weight"
+    return {name: np.tile(tensors[name], 4)}
