@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+from knnmoe.calibration.optimize import learn
 from knnmoe.calibration.teacher import Teacher
 from knnmoe.runtime.errors import CheckpointError
+from knnmoe.runtime.routing import RoutingRule
 from tiny import make_tiny_olmoe
 
 TINY: dict[str, Any] = {
@@ -28,13 +32,44 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Selection in groups, experts in every layer, and the latent attention of DeepSeek.
+GROUPED: dict[str, Any] = {
+    "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "norm_topk_prob": True,
+    "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.5, "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+
+
+def with_entries(config: Any, entries: dict[str, Any]) -> Callable[..., Any]:
+    return lambda **given: config(**given | entries)
+
+
 FAMILIES = {
     "olmoe": transformers.OlmoeConfig,
     "qwen2_moe": transformers.Qwen2MoeConfig,
     "qwen3_moe": transformers.Qwen3MoeConfig,
     "mixtral": transformers.MixtralConfig,
     "gpt_oss": transformers.GptOssConfig,
+    "deepseek_v2": with_entries(
+        transformers.DeepseekV2Config, GROUPED | LATENT | {"norm_topk_prob": False}
+    ),
+    "deepseek_v3": with_entries(transformers.DeepseekV3Config, GROUPED | LATENT),
+    "glm4_moe": with_entries(transformers.Glm4MoeConfig, GROUPED),
 }
+# What their routers do with logits, of those that do not do as OLMoE's.
+RULES = {
+    "gpt_oss": RoutingRule(2, "softmax-topk"),
+    "deepseek_v2": RoutingRule(2, scale=2.5, groups=4, top_groups=2),
+    "deepseek_v3": RoutingRule(
+        2, "sigmoid", renormalize=True, scale=2.5, groups=4, top_groups=2, group_score="top2",
+        selection_bias=True,
+    ),
+}  # fmt: skip
+RULES["glm4_moe"] = RULES["deepseek_v3"]
 TOKENS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -44,6 +79,9 @@ def random_model(config: Any) -> Any:
     # The default initialisation is so small that routing hardly shows in the logits.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
     return model.eval()
 
 
@@ -89,6 +127,46 @@ def test_the_gates_see_what_transformers_records(family: str) -> None:
             x, routers[gate].weight, getattr(routers[gate], "bias", None)
         )
         torch.testing.assert_close(linear, logits)
+
+
+@pytest.mark.parametrize("family", RULES)
+def test_the_rule_of_a_family_routes_the_corrected_logits(family: str) -> None:
+    """What is learned for logits is what the runtime's rule then makes of them."""
+    model = random_model(FAMILIES[family](**TINY))
+    teacher = Teacher(model)
+    routers = [
+        module for name, module in model.named_modules() if name.endswith(("gate", "router"))
+    ]
+    routed: list[Any] = []
+    hooks = [r.register_forward_hook(lambda *call: routed.append(call[2])) for r in routers]
+    corrected: list[Tensor] = []
+
+    def correct(gate: int, x: Tensor, logits: Tensor) -> Tensor:
+        corrected.append(logits - logits.roll(1, 1))
+        return corrected[-1]
+
+    with torch.no_grad():
+        teacher.logits(TOKENS, correct)
+    for hook in hooks:
+        hook.remove()
+    assert len(routed) == len(corrected) == 2
+    for router, logits, (_, weights, ids) in zip(routers, corrected, routed, strict=True):
+        bias = getattr(router, "e_score_correction_bias", None)
+        expected = RULES[family].assignments(logits.numpy(), None if bias is None else bias.numpy())
+        found = np.zeros_like(expected)
+        np.put_along_axis(found, ids.numpy(), weights.numpy(), axis=1)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residuals_are_learned_for_every_family(family: str) -> None:
+    teacher = Teacher(random_model(FAMILIES[family](**TINY)))
+    sequences = [row.numpy() for row in TOKENS]
+    learned = learn(teacher, sequences, {0: 0.3, 1: 0.3}, steps=3)
+    assert learned.nll_after < learned.nll_before
+    for rows in learned.gates.values():
+        assert rows.residuals.any()
+        assert rows.router_logits.dtype == rows.residuals.dtype == np.float32
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
