@@ -58,8 +58,8 @@ class StdModel:
 
         Raises:
             SettingError: If an option is unknown.
-            BundleError: If the bundle's experts are not stored as fp32, its config is not that of
-                its manifest, or a weights file is malformed.
+            BundleError: If the bundle's weights are quantised, its config is not that of its
+                manifest, or a weights file is malformed.
         """
         for name, choices in (
             ("operators", ATTENTION),
@@ -74,13 +74,13 @@ class StdModel:
             raise SettingError(
                 "std.capacity", "out of range", expected=">= 1", found=options.capacity
             )
-        if bundle.manifest.precision != "fp32":
+        if bundle.manifest.quantization is not None:
             raise BundleError(
                 bundle.path / MANIFEST,
-                "its experts are stored in a precision that has no standard operators here",
-                expected="fp32",
+                "its weights are stored in a precision that has no standard operators here",
+                expected="fp16 or fp32",
                 found=bundle.manifest.precision,
-                fix="Export the checkpoint with --precision fp32.",
+                fix="Export the checkpoint with --precision fp16 or fp32.",
             )
 
         def lower(plan: ModelPlan, g: GraphBuilder) -> Lowering:

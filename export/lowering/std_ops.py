@@ -74,12 +74,20 @@ class StdOps:
         return self._made[name]
 
     def weight(self, name: str) -> ir.Value:
-        """A weight as it is stored, float32."""
-        return self.g.weight(name, self._stored[name])
+        """A weight, float32."""
+        return self._weight(name, "float32")
 
     def narrow_weight(self, name: str) -> ir.Value:
-        """A weight of a matrix product. Both hosts fold the cast when they load the graph."""
-        return self.once(f"narrow {name}", lambda: self.narrow(self.weight(name)))
+        """A weight of a matrix product, in the precision of those."""
+        return self._weight(name, self.dtype)
+
+    def _weight(self, name: str, dtype: str) -> ir.Value:
+        """A weight, cast if it is stored otherwise. Both hosts fold the cast as they load it."""
+        stored = self._stored[name]
+        value = self.g.weight(name, stored)
+        if stored.dtype == dtype:
+            return value
+        return self.once(f"{dtype} {name}", lambda: self.g.cast(value, dtype))
 
     def narrow(self, value: ir.Value) -> ir.Value:
         """A float32 value in the precision of the matrix products."""

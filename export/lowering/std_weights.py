@@ -14,6 +14,7 @@ from knnmoe.runtime.manifest import Fields, parse_object
 
 FOLDER, SUFFIX = "segments/", ".safetensors"
 _LENGTH = struct.Struct("<Q")
+_DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2)}
 
 
 class StoredWeights(dict[str, StoredTensor]):
@@ -31,7 +32,8 @@ def stored_weights(bundle: Bundle) -> StoredWeights:
     """Every weight of a bundle by name; locations are relative to its `segments` folder.
 
     Raises:
-        BundleError: If a header is malformed, or a tensor is not float32 or outside its file.
+        BundleError: If a header is malformed, or a tensor is not float32 or float16, or outside its
+            file.
     """
     stored = StoredWeights(bundle)
     for name in bundle.manifest.files:
@@ -61,10 +63,10 @@ def _read(path: Path, location: str) -> dict[str, StoredTensor]:
 
 def _entry(entry: Fields, location: str, data: int, size: int) -> StoredTensor:
     entry.only("dtype", "shape", "data_offsets")
-    entry.text("dtype", choices=("F32",))
+    dtype, width = _DTYPES[entry.text("dtype", choices=tuple(_DTYPES))]
     shape = tuple(entry.integers("shape", 0, size))
     offsets = entry.integers("data_offsets", 0, size - data)
-    length = math.prod(shape) * 4
+    length = math.prod(shape) * width
     if len(offsets) != 2 or offsets[1] - offsets[0] != length:
         raise entry.wrong("data_offsets", "malformed", expected=f"{length} bytes", found=offsets)
-    return StoredTensor(location, data + offsets[0], length, shape)
+    return StoredTensor(location, data + offsets[0], length, shape, dtype)

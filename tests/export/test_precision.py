@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file
 from knnmoe.export import cli, exporter
 from knnmoe.export.exporter import ExportReport, export
 from knnmoe.export.quantize import unpack
-from knnmoe.export.std import StdModel, StdOptions
+from knnmoe.export.std import StdGraph, StdModel, StdOptions
 from knnmoe.export.storage import QuantizeOptions
 from knnmoe.export.verify import SplitRunner, verify
 from knnmoe.runtime.bundle import Bundle, Quantization
@@ -354,8 +355,6 @@ def test_memory_stays_far_below_the_size_of_the_model(tmp_path):
     [("1.23.2", False), ("1.30.0", False), ("1.31.0", True), ("1.31.0+cpu", True), ("2.0", True)],
 )
 def test_an_older_onnxruntime_is_refused_with_advice(int4, monkeypatch, installed, runs):
-    import onnxruntime
-
     monkeypatch.setattr(onnxruntime, "__version__", installed)
     if runs:
         Model.load(int4)
@@ -386,8 +385,23 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, int4, edit, fie
 
 
 def test_engines_are_not_built_of_integers(int4):
-    with pytest.raises(BundleError, match="--precision fp32"):
+    with pytest.raises(BundleError, match="--precision fp16 or fp32"):
         StdModel.of(Bundle.open(int4), StdOptions())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("experts", ["gathered", "dense"])
+def test_standard_graphs_of_fp16_weights_are_those_of_fp32(
+    tmp_path, checkpoint, precision, experts
+):
+    outputs = []
+    for stored in ("fp32", "fp16"):
+        export(checkpoint, tmp_path / stored, precision=stored, fused=False)
+        bundle = Bundle.open(tmp_path / stored)
+        model = StdModel.of(bundle, StdOptions("primitive", precision, experts))
+        outputs.append([out for index in range(4) for out in _run(bundle, model.segment(index))])
+    for wide, half in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(wide, half)
 
 
 def test_exact_and_rounded_activations_differ_by_what_rounding_costs(tmp_path, checkpoint):
@@ -404,6 +418,22 @@ def test_running_exactly_leaves_the_environment_as_it_was(int4, monkeypatch):
     monkeypatch.delenv("ORT_QMOE_CPU_QNBIT_GEMM", raising=False)
     SplitRunner(Bundle.open(int4), exact=True)
     assert "ORT_QMOE_CPU_QNBIT_GEMM" not in os.environ
+
+
+def _run(bundle: Bundle, graph: StdGraph) -> list[np.ndarray]:
+    """What a graph makes of random inputs, always the same: one sequence of five tokens."""
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 1, "sequence": 5, "tokens": 5, "capacity": 8, "rows": 5}
+    feeds = {}
+    for spec in graph.inputs:
+        shape = [sizes.get(size, size) for size in spec.shape]
+        drawn = rng.normal(size=shape) if "float" in spec.dtype else rng.integers(0, 5, shape)
+        feeds[spec.name] = (0 * drawn if spec.name == "past_lengths" else drawn).astype(spec.dtype)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.path / "segments")
+    )
+    return onnxruntime.InferenceSession(graph.content, options).run(None, feeds)
 
 
 def _with_weight(path: Path, name: str, value: float) -> Path:

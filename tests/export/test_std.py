@@ -571,7 +571,7 @@ def test_a_malformed_weights_file_is_refused(tiny, tmp_path):
         ("has a malformed header", content[:5]),
         ("has a malformed header", struct.pack("<Q", 1 << 60) + content[8:]),
         (r"has a malformed header \(", struct.pack("<Q", 40) + content[8:]),
-        ("final_norm: dtype: unknown; expected F32", with_entry(dtype="F16")),
+        ("final_norm: dtype: unknown; expected F32", with_entry(dtype="BF16")),
         ("final_norm: data_offsets: malformed", with_entry(data_offsets=[begin, end - 4])),
         ("final_norm: data_offsets", with_entry(data_offsets=[begin + 2**40, end + 2**40])),
     ]
