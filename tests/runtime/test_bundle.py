@@ -15,6 +15,7 @@ from knnmoe.runtime import bundle as format_
 from knnmoe.runtime.bundle import Bundle, read_manifest, write_manifest
 from knnmoe.runtime.errors import BundleError
 from knnmoe.runtime.manifest import MAX_MANIFEST_BYTES
+from knnmoe.runtime.routing import RoutingRule
 
 
 @pytest.fixture
@@ -51,6 +52,38 @@ def test_hashing_reports_progress_in_bytes(tiny_bundle):
 
 def test_a_manifest_survives_writing_and_reading(tiny_bundle, tmp_path):
     manifest = read_manifest(tiny_bundle)
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+
+
+OLD_ROUTING = {"top_k": 2, "score": "softmax", "renormalize": False, "scale": 1.0}
+
+
+def test_routing_without_groups_is_stated_as_it_always_was(tiny_bundle):
+    content = json.loads((tiny_bundle / "manifest.json").read_text())
+    assert content["routing"] == OLD_ROUTING
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ({}, RoutingRule(2)),
+        (
+            {"groups": 1, "top_groups": 1, "group_score": "max", "selection_bias": False},
+            RoutingRule(2),
+        ),
+        ({"score": "sigmoid", "scale": 2.5}, RoutingRule(2, "sigmoid", scale=2.5)),
+        ({"score": "softmax-topk"}, RoutingRule(2, "softmax-topk")),
+        (
+            {"groups": 4, "top_groups": 2, "group_score": "top2"},
+            RoutingRule(2, groups=4, top_groups=2, group_score="top2"),
+        ),
+    ],
+)
+def test_a_routing_rule_survives_writing_and_reading(bundle, tmp_path, more, rule):
+    change(bundle, lambda m: m.update(routing=OLD_ROUTING | more))
+    manifest = read_manifest(bundle)
+    assert manifest.routing == rule
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
 
@@ -193,6 +226,20 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_in("routing", "top_k", value=9), "top_k: out of range"),
         (set_in("routing", "scale", value="1"), "scale: malformed"),
         (set_in("routing", "renormalize", value=1), "renormalize: malformed"),
+        (set_in("routing", "renormalize", value=...), "renormalize: missing"),
+        (set_in("routing", "experts", value=8), "experts: unknown field"),
+        (set_in("routing", "groups", value=3), "routing.groups: does not divide the experts"),
+        (set_in("routing", "groups", value=16), "groups: out of range"),
+        (set_in("routing", "groups", value=None), "groups: out of range"),
+        (set_in("routing", "top_groups", value=2), "routing.top_groups: out of range"),
+        (set_in("routing", "group_score", value="sum"), "routing.group_score: unknown"),
+        (set_in("routing", "group_score", value=2), "group_score: malformed"),
+        (set_in("routing", "groups", value=8), "routing.top_k: is more than there are experts"),
+        (set_in("routing", "selection_bias", value=1), "selection_bias: malformed"),
+        (
+            set_in("routing", "selection_bias", value=True),
+            r"selection_bias\.safetensors is missing",
+        ),
         (set_in("experts_per_token", value=1), "experts_per_token: out of range"),
         (set_in("segments", value={}), "segments: malformed"),
         (set_in("segments", 0, value="00.onnx"), r"segments\[0\]: malformed"),
