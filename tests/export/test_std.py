@@ -587,5 +587,5 @@ def test_a_malformed_weights_file_is_refused(tiny, tmp_path):
 def test_a_bundle_whose_experts_are_quantised_is_refused(tiny):
     way = Quantization(4, 32, zero_points=False, activations="int8", head_bits=None, search=True)
     quantised = Bundle(tiny.path, replace(tiny.manifest, precision="int4", quantization=way))
-    with pytest.raises(BundleError, match="no standard operators here; .* fp32; found int4"):
+    with pytest.raises(BundleError, match=r"no standard operators here; .* fp32; found int4"):
         StdModel.of(quantised, StdOptions())
