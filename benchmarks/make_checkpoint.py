@@ -1,0 +1,238 @@
+"""Checkpoints with the shapes of well-known models and random weights, for measuring speed.
+
+    .venv/bin/python benchmarks/make_checkpoint.py olmoe-1b-7b --layers 4 build/olmoe-4
+
+Speed does not depend on what the weights are, only on how many; the text such a model writes is
+noise. The files are those of a release on a model hub: `config.json`, bf16 shards with an index,
+and a tokenizer of bytes. Weights are pieces of one block of random numbers, so that a checkpoint
+takes about as long as its bytes take to write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 256,
+    "pad_token_id": 257,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe",
+        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "attention_bias": False, "clip_qkv": None,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "attention_bias": False, "use_sliding_window": False, "sliding_window": None,
+    },
+    "qwen1.5-moe-a2.7b": {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False,
+        "sliding_window": 32768, "max_window_layers": 21,
+    },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
+    },
+}  # fmt: skip
+SHARD_BYTES = 2 << 30
+_BLOCK = 1 << 22  # random numbers
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor: its name, its shape, and the mean and spread of its elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    mean: float
+    spread: float
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
+
+
+@click.command()
+@click.argument("name", type=click.Choice(sorted(CONFIGS)))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", type=click.IntRange(1), help="Instead of the model's own number.")
+@click.option("--seed", default=0, show_default=True)
+def main(name: str, out: Path, layers: int | None, seed: int) -> None:
+    """Write a checkpoint of the shapes of NAME to the new directory OUT."""
+    make_checkpoint(name, out, layers=layers, seed=seed)
+    files = list(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    click.echo(f"{out}: {size / 1e9:.2f} GB in {len(files)} files")
+
+
+def make_checkpoint(name: str, out: Path, *, layers: int | None = None, seed: int = 0) -> Path:
+    """Write a checkpoint; the directory must not exist."""
+    config = CONFIGS[name] | _COMMON | ({} if layers is None else {"num_hidden_layers": layers})
+    out.mkdir(parents=True)
+    _write_json(out / "config.json", config)
+    special = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
+    _write_json(out / "generation_config.json", special)
+    write_tokenizer(out, config["max_position_embeddings"])
+    shards = list(in_shards(weights(config)))
+    random = np.random.default_rng(seed)
+    block = random.standard_normal(_BLOCK, dtype=np.float32)
+    places: dict[str, str] = {}
+    for index, shard in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(out / file, shard, block, random)
+        places |= {weight.name: file for weight in shard}
+    total = sum(weight.nbytes for shard in shards for weight in shard)
+    content = {"metadata": {"total_size": total}, "weight_map": places}
+    _write_json(out / "model.safetensors.index.json", content)
+    return out
+
+
+def weights(config: dict[str, Any]) -> Iterator[Weight]:
+    """All tensors of a configuration, spread so that activations are of order one."""
+    family, hidden = config["model_type"], config["hidden_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head = config.get("head_dim") or hidden // heads
+    width, kv_width = heads * head, kv_heads * head
+    experts = config.get("num_experts") or config["num_local_experts"]
+    expert_width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    mixtral = family == "mixtral"
+    yield _matrix("model.embed_tokens", config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        attention = f"{prefix}.self_attn"
+        yield _norm(f"{prefix}.input_layernorm", hidden)
+        yield _norm(f"{prefix}.post_attention_layernorm", hidden)
+        if family in ("olmoe", "qwen3_moe"):
+            whole = family == "olmoe"
+            yield _norm(f"{attention}.q_norm", width if whole else head)
+            yield _norm(f"{attention}.k_norm", kv_width if whole else head)
+        for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
+            yield _matrix(f"{attention}.{name}", out, hidden)
+            if family == "qwen2_moe":
+                yield Weight(f"{attention}.{name}.bias", (out,), 0.0, 0.1)
+        yield _matrix(f"{attention}.o_proj", hidden, width)
+        block = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
+        yield _matrix(f"{block}.gate", experts, hidden)
+        names = ("w1", "w3", "w2") if mixtral else _GATED
+        for expert in range(experts):
+            yield from _mlp(f"{block}.experts.{expert}", hidden, expert_width, names)
+        if family == "qwen2_moe":
+            shared = config["shared_expert_intermediate_size"]
+            yield from _mlp(f"{block}.shared_expert", hidden, shared, _GATED)
+            yield _matrix(f"{block}.shared_expert_gate", 1, hidden)
+    yield _norm("model.norm", hidden)
+    yield _matrix("lm_head", config["vocab_size"], hidden)
+
+
+def _mlp(prefix: str, hidden: int, width: int, names: tuple[str, str, str]) -> Iterator[Weight]:
+    gate, up, down = names
+    yield _matrix(f"{prefix}.{gate}", width, hidden)
+    yield _matrix(f"{prefix}.{up}", width, hidden)
+    yield _matrix(f"{prefix}.{down}", hidden, width)
+
+
+def _matrix(name: str, out: int, inside: int) -> Weight:
+    return Weight(f"{name}.weight", (out, inside), 0.0, float(inside**-0.5))
+
+
+def _norm(name: str, width: int) -> Weight:
+    return Weight(f"{name}.weight", (width,), 1.0, 0.1)
+
+
+def in_shards(every: Iterator[Weight]) -> Iterator[list[Weight]]:
+    """The tensors in their order, as many to a file as `SHARD_BYTES` hold."""
+    shard: list[Weight] = []
+    for weight in every:
+        if shard and sum(kept.nbytes for kept in shard) + weight.nbytes > SHARD_BYTES:
+            yield shard
+            shard = []
+        shard.append(weight)
+    yield shard
+
+
+def write_shard(
+    path: Path, shard: list[Weight], block: NDArray[np.float32], random: np.random.Generator
+) -> None:
+    """Write a .safetensors file, tensor after tensor: nothing is held but a block."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for weight in shard:
+        end = start + weight.nbytes
+        header[weight.name] = {
+            "dtype": "BF16",
+            "shape": list(weight.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in shard:
+            left = weight.nbytes // 2
+            while left:
+                begin = int(random.integers(len(block)))
+                piece = block[begin : begin + left]
+                values = (weight.mean + weight.spread * piece).astype(ml_dtypes.bfloat16)
+                file.write(values.view(np.uint16).data)
+                left -= len(piece)
+
+
+def write_tokenizer(root: Path, max_length: int) -> None:
+    """A tokenizer whose tokens are the 256 bytes; ids beyond them have no text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|padding|>"])
+    tokenizer.save(str(root / "tokenizer.json"))
+    _write_json(
+        root / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|endoftext|>",
+            "pad_token": "<|padding|>",
+            "model_max_length": max_length,
+        },
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
