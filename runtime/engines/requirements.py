@@ -30,7 +30,7 @@ def check_onnxruntime(bundle: Bundle, installed: str | None = None) -> None:
             f"its {bundle.manifest.precision} operators need a newer ONNX Runtime",
             expected=f"onnxruntime >= {wanted}",
             found=installed,
-            fix=f"Run `pip install 'onnxruntime>={wanted}'` (on Python 3.11 or newer), or export with "
+            fix=f"Run `pip install 'onnxruntime>={wanted}'` (Python 3.11 or newer), or export with "
             "--precision fp16 or fp32, which run on every version that knnmoe supports.",
         )
 
