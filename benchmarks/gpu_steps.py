@@ -37,21 +37,18 @@ class Steps:
         """Everything that is checked."""
         for number, (tokens, experts) in enumerate(product(TOKENS, EXPERTS)):
             rng = np.random.default_rng([seed, number])
-            top_k = int(rng.integers(1, min(experts, 64) + 1))
-            columns = int(rng.integers(top_k, min(experts, 64) + 1))
-            rule = RoutingRule(
-                top_k,
-                renormalize=bool(rng.integers(2)),
-                scale=float(rng.choice([1.0, 0.5, 2.5])),
-            )
-            # Far enough apart for any exponential to order them alike.
-            logits = rng.integers(-4, 5, (tokens, experts)).astype(np.float32)
+            rule = random_rule(rng, experts)
+            columns = int(rng.integers(rule.top_k, min(experts, 64) + 1))
+            # Far enough apart for any exponential to order them alike; not around 0, where the sums
+            # of two sigmoids would be equal but for rounding.
+            logits = rng.integers(-4, 5, (tokens, experts)).astype(np.float32) + np.float32(0.3125)
+            bias = random_bias(rng, rule, experts) if rule.selection_bias else None
             rows = rng.integers(0, 4, (tokens, experts)).astype(np.float32) / 8
             rows[0, columns - 1 :] = 0  # no more than are kept: nothing is rescaled
             said = f"T={tokens} E={experts} columns={columns} {rule}"
             for kind, run in (
-                ("route", partial(self.route, logits, rule, columns)),
-                ("assign", partial(self.assign, logits, rule)),
+                ("route", partial(self.route, logits, rule, bias, columns)),
+                ("assign", partial(self.assign, logits, rule, bias)),
                 ("heaviest", partial(self.heaviest, rows, columns)),
             ):
                 yield Check(f"{kind} {said}", seed, kind, run)
@@ -59,21 +56,20 @@ class Steps:
             rng = np.random.default_rng([seed, 1000 + number])
             yield Check(f"append {number}", seed, "append", partial(self.append, rng))
 
-    def route(self, logits: Any, rule: RoutingRule, columns: int) -> Errors:
+    def route(self, logits: Any, rule: RoutingRule, bias: Any, columns: int) -> Errors:
         """Experts exactly, weights within the tolerance."""
         exact = logits.astype(np.float64)
-        expected = pad_experts(*rule.apply(exact), exact, columns)
+        expected = pad_experts(*rule.apply(exact, bias), rule.ranking(exact, bias), columns)
         ids, weights = self._selection(expected)
         self.kernels.route(
-            self.cupy.asarray(logits), ids.array, weights.array,
-            top_k=rule.top_k, renormalize=rule.renormalize, scale=rule.scale,
-        )()  # fmt: skip
+            self.cupy.asarray(logits), ids.array, weights.array, **self._rule(rule, bias)
+        )()
         return compared(ids, weights, expected)
 
-    def assign(self, logits: Any, rule: RoutingRule) -> Errors:
+    def assign(self, logits: Any, rule: RoutingRule, bias: Any) -> Errors:
         """Dense rows, in place too."""
-        expected = rule.assignments(logits.astype(np.float64))
-        numbers = {"top_k": rule.top_k, "renormalize": rule.renormalize, "scale": rule.scale}
+        expected = rule.assignments(logits.astype(np.float64), bias)
+        numbers = self._rule(rule, bias)
         dense = Output(self.cupy, expected.shape, np.float32)
         self.kernels.assign(self.cupy.asarray(logits), dense.array, **numbers)()
         rows = self.cupy.asarray(logits)
@@ -113,9 +109,45 @@ class Steps:
             np.testing.assert_array_equal(cache.read(), right)
         return {"cache": 0.0}
 
+    def _rule(self, rule: RoutingRule, bias: Any) -> dict[str, Any]:
+        there = None if bias is None else self.cupy.asarray(bias)
+        return rule.numbers() | {"selection_bias": there}
+
     def _selection(self, expected: tuple[Any, Any]) -> tuple[Output, Output]:
         ids, weights = expected
         return Output(self.cupy, ids.shape, np.int32), Output(self.cupy, weights.shape, np.float32)
+
+
+def random_rule(rng: np.random.Generator, experts: int) -> RoutingRule:
+    """Any rule over that many experts that the kernels take; every other one is plain softmax."""
+    plain = bool(rng.integers(2))
+    score = "softmax" if plain else str(rng.choice(["softmax", "softmax-topk", "sigmoid"]))
+    divisors = [count for count in range(1, 33) if experts % count == 0]
+    groups = 1 if plain else int(rng.choice(divisors))
+    top_groups = int(rng.integers(1, groups + 1))
+    size = experts // groups
+    return RoutingRule(
+        int(rng.integers(1, min(size * top_groups, 64) + 1)),
+        score,
+        renormalize=bool(rng.integers(2)) and score != "softmax-topk",
+        scale=float(rng.choice([1.0, 0.5, 2.5])),
+        groups=groups,
+        top_groups=top_groups,
+        group_score="top2" if size > 1 and rng.integers(2) else "max",
+        selection_bias=not plain and bool(rng.integers(2)),
+    )
+
+
+def random_bias(rng: np.random.Generator, rule: RoutingRule, experts: int) -> Any:
+    """A bias [E] that leaves ranks equal or far apart.
+
+    One for a whole group where groups are ranked by sums: two experts that swapped their biases
+    would make sums that are equal but for rounding.
+    """
+    sums = rule.groups > 1 and rule.group_score == "top2"
+    same = experts // rule.groups if sums else 1
+    values = rng.choice(np.array([-0.47, -0.1, 0.0, 0.23, 0.5], np.float32), experts // same)
+    return np.repeat(values, same)
 
 
 class Output:
