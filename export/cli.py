@@ -34,7 +34,13 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=_PATH)
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=_PATH, required=False)
+@click.option("--dry-run", is_flag=True,
+              help="Only say what the bundle would hold, and what it fits.")  # fmt: skip
+@click.option("--context", type=click.IntRange(min=1), metavar="N",
+              help="--dry-run: tokens of a sequence.  [default: up to 4096]")  # fmt: skip
+@click.option("--entries", type=click.IntRange(min=0), default=10_000, show_default=True,
+              metavar="N", help="--dry-run: entries of each gate's memory.")  # fmt: skip
 @click.option("--verify", "verified", is_flag=True,
               help="Compare with transformers before the bundle takes its name.")  # fmt: skip
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
@@ -63,7 +69,10 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 @click.version_option(__version__, prog_name="knnmoe-export")
 def main(
     checkpoint: Path,
-    bundle: Path,
+    bundle: Path | None,
+    dry_run: bool,
+    context: int | None,
+    entries: int,
     verified: bool,
     precision: str,
     block_size: str | None,
@@ -81,9 +90,11 @@ def main(
     CHECKPOINT is a Hugging Face directory (config.json, safetensors, tokenizer.json), BUNDLE the
     directory to create. Exit codes: 0 done, 1 a stated failure, 2 wrong usage.
     """
+    if bundle is None and not dry_run:
+        raise click.UsageError("Missing argument 'BUNDLE'.")
     with outcome(as_json) as result:
         try:
-            from .exporter import export
+            from .exporter import export, plan_export
         except ModuleNotFoundError as error:
             raise BackendError(
                 "knnmoe-export",
@@ -94,6 +105,25 @@ def main(
         from .storage import QuantizeOptions
         from .verify import require_reference, verify
 
+        options = QuantizeOptions(
+            block_size=None if block_size is None else int(block_size),
+            zero_points=zero_points,
+            exact_activations=exact_activations,
+            quantize_head=quantize_head,
+            search=not no_scale_search,
+        )
+        if dry_run:
+            from .report import fit_json, print_fit
+
+            plan = plan_export(
+                checkpoint,
+                precision=precision,
+                options=options,
+                experts_per_token=experts_per_token,
+            )
+            result(fit_json(plan, context, entries), lambda: print_fit(plan, context, entries))
+            return
+        assert bundle is not None
         if verified:
             require_reference()  # now, and not after the weights are written
         checks: list[VerifyReport] = []
@@ -106,13 +136,7 @@ def main(
                 checkpoint,
                 bundle,
                 precision=precision,
-                options=QuantizeOptions(
-                    block_size=None if block_size is None else int(block_size),
-                    zero_points=zero_points,
-                    exact_activations=exact_activations,
-                    quantize_head=quantize_head,
-                    search=not no_scale_search,
-                ),
+                options=options,
                 experts_per_token=experts_per_token,
                 fused=not no_fused,
                 overwrite=overwrite,

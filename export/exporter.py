@@ -90,6 +90,69 @@ class ExportReport:
         return sum(spec.size for spec in self.files.values())
 
 
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write; nothing but headers has been read.
+
+    Attributes:
+        source: The checkpoint.
+        architecture: What it turned out to be.
+        experts_per_token: k of the seam.
+        storage: How weights are stored.
+        weights: Their files, one a segment.
+        biases: The file of the gates' selection biases, if they have any.
+        copies: Small files that go into the bundle as they are.
+    """
+
+    source: Checkpoint
+    architecture: Architecture
+    experts_per_token: int
+    storage: Storage
+    weights: tuple[PlannedFile, ...]
+    biases: tuple[PlannedFile, ...]
+    copies: Mapping[str, bytes]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(file.nbytes for file in (*self.weights, *self.biases))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is not graphs and manifest."""
+        return self.weight_bytes + sum(map(len, self.copies.values()))
+
+
+def plan_export(
+    checkpoint: Checkpoint | str | Path,
+    *,
+    precision: str = "fp32",
+    options: QuantizeOptions | None = None,
+    experts_per_token: int | None = None,
+) -> ExportPlan:
+    """Check a checkpoint and say what its bundle would hold; arguments and errors of `export`."""
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    _refuse_quantized(source)
+    architecture = describe(source, family_of(source))
+    room = _experts_per_token(architecture, experts_per_token)
+    planned = _plan_weights(architecture, source)
+    storage = storage_for(
+        precision,
+        options or QuantizeOptions(),
+        [tensor for tensors in planned.values() for tensor in tensors],
+        tied_head=architecture.tied_head,
+    )
+    return ExportPlan(
+        source=source,
+        architecture=architecture,
+        experts_per_token=room,
+        storage=storage,
+        weights=tuple(plan_file(name, storage.of(tensors)) for name, tensors in planned.items()),
+        biases=tuple(_plan_selection_biases(architecture, source)),
+        copies=_copied_files(source),
+    )
+
+
 def export(
     checkpoint: Checkpoint | str | Path,
     bundle: str | Path,
@@ -128,20 +191,12 @@ def export(
     target = Path(bundle).absolute()
     _check_apart(source, target)
     check_replaceable(target, overwrite=overwrite)
-    _refuse_quantized(source)
-    family = family_of(source)
-    architecture = describe(source, family)
-    room = _experts_per_token(architecture, experts_per_token)
-    copies = _copied_files(source)
-    planned = _plan_weights(architecture, source)
-    storage = storage_for(
-        precision,
-        options or QuantizeOptions(),
-        [tensor for tensors in planned.values() for tensor in tensors],
-        tied_head=architecture.tied_head,
+    planned = plan_export(
+        source, precision=precision, options=options, experts_per_token=experts_per_token
     )
-    weights = [plan_file(name, storage.of(tensors)) for name, tensors in planned.items()]
-    needed = sum(plan.nbytes for plan in weights) + sum(map(len, copies.values())) + _REST_BYTES
+    architecture, storage = planned.architecture, planned.storage
+    weights, biases, room = planned.weights, planned.biases, planned.experts_per_token
+    needed = planned.nbytes + _REST_BYTES
     with new_directory(target, overwrite=overwrite, needed_bytes=needed) as directory:
         fingerprint = source.fingerprint(_counter("fingerprint", source.total_bytes, progress))
         files: dict[str, FileSpec] = {}
@@ -167,18 +222,16 @@ def export(
             gates[name] = _write_graph(
                 directory, f"gates/{name}.onnx", g, files, gate_functions(name)
             )
-        biases = _plan_selection_biases(architecture, source)
-        total = sum(plan.nbytes for plan in (*weights, *biases))
-        count = _counter("weights", total, progress)
+        count = _counter("weights", planned.weight_bytes, progress)
         for file in biases:
             files[SELECTION_BIAS] = write_file(file, directory / "gates", count)
         for file in weights:
             files[f"segments/{file.name}"] = write_file(file, directory / "segments", count)
-        for name, content in copies.items():
+        for name, content in planned.copies.items():
             (directory / name).write_bytes(content)
             files[name] = describe_file(directory / name)
         manifest = Manifest(
-            family=family.name,
+            family=architecture.family.name,
             model_type=source.model_type,
             fingerprint=fingerprint,
             architecture=architecture.shape,

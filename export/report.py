@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 from knnmoe.runtime.atomic import readable_size
 
-from .exporter import ExportReport
+from .exporter import ExportPlan, ExportReport
+from .fit import RESERVED, Needs, fits, needs
 from .verify import VerifyReport
 
 
@@ -68,3 +72,59 @@ def _errors(report: ExportReport) -> Table:
     for error in report.errors:
         table.add_row(error.name, error.stored, f"{error.relative_rms:.2%}", f"{error.max_abs:.1e}")
     return table
+
+
+DEFAULT_CONTEXT = 4096
+
+
+def _needs(plan: ExportPlan, context: int | None, entries: int) -> tuple[Needs, int]:
+    """What the model of a plan needs on ONNX Runtime's CPU provider, and the context taken."""
+    shape = plan.architecture.shape
+    tokens = min(context or DEFAULT_CONTEXT, shape.max_positions)
+    return needs(shape, plan.weight_bytes, context=tokens, entries=entries), tokens
+
+
+def fit_json(plan: ExportPlan, context: int | None, entries: int) -> dict[str, Any]:
+    """What `--dry-run --json` prints."""
+    needed, tokens = _needs(plan, context, entries)
+    shape = plan.architecture.shape
+    return {
+        "family": plan.architecture.family.name,
+        "layers": shape.num_layers,
+        "gates": shape.num_gates,
+        "experts": shape.num_experts,
+        "precision": plan.storage.precision,
+        "context": tokens,
+        "entries": entries,
+        "bytes": {**asdict(needed), "total": needed.total},
+        "devices": [asdict(fit) | {"fits": fit.fits} for fit in fits(needed)],
+    }
+
+
+def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
+    """Print what a bundle would hold, and which devices it would fit."""
+    needed, tokens = _needs(plan, context, entries)
+    shape = plan.architecture.shape
+    console = Console(highlight=False)
+    console.print(
+        f"{plan.architecture.family.name}: {shape.num_layers} layers, {shape.num_gates} gates of "
+        f"{shape.num_experts} experts, {plan.storage.precision}; nothing was written"
+    )
+    parts = Table(box=None, pad_edge=False, show_header=False)
+    parts.add_column()
+    parts.add_column(justify="right")
+    parts.add_row("weights", readable_size(needed.weights))
+    parts.add_row(f"key-value cache of {tokens} tokens, fp32", readable_size(needed.cache))
+    parts.add_row(f"memory of {entries} entries a gate, fp32", readable_size(needed.memory))
+    parts.add_row("in all", readable_size(needed.total))
+    console.print(parts)
+    table = Table(title=f"With {readable_size(RESERVED)} for the system", title_justify="left")
+    table.add_column("device")
+    table.add_column("fits")
+    table.add_column("left", justify="right")
+    for fit in fits(needed):
+        left = readable_size(abs(fit.left))
+        table.add_row(
+            fit.device, "yes" if fit.fits else "no", left if fit.fits else f"{left} short"
+        )
+    console.print(table)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
 from knnmoe.export.fit import GIB, Needs, fits, needs
-from knnmoe.runtime.bundle import ModelShape
+from knnmoe.runtime.bundle import Bundle, ModelShape
 
 OLMOE = ModelShape(2048, 50304, 16, 16, 64, 16, 16, 128, 4096)
 
@@ -24,3 +29,39 @@ def test_devices_that_are_too_small_are_said_to_be() -> None:
     assert not rows["Jetson Orin NX 16 GB"].fits
     assert rows["Jetson Orin NX 16 GB"].left == -GIB
     assert rows["Jetson AGX Orin 32 GB"].fits
+
+
+def test_a_dry_run_says_what_the_bundle_weighs_and_writes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from knnmoe.export.cli import main
+    from knnmoe.export.exporter import export
+
+    words = [str(tiny_checkpoint), str(tmp_path / "bundle"), "--dry-run", "--json"]
+    done = CliRunner().invoke(main, [*words, "--context", "32", "--entries", "100"])
+    assert done.exit_code == 0
+    said = json.loads(done.stdout)
+    assert not any(tmp_path.iterdir())
+    report = export(tiny_checkpoint, tmp_path / "bundle")
+    shape = Bundle.open(report.bundle).manifest.architecture
+    stored = sum(f.size for name, f in report.files.items() if name.endswith(".safetensors"))
+    assert stored == said["bytes"]["weights"]
+    expected = needs(shape, said["bytes"]["weights"], context=32, entries=100)
+    assert said["bytes"]["total"] == expected.total
+    assert (said["context"], said["gates"]) == (32, shape.num_gates)
+    for precision in ("int4", "fp16"):
+        done = CliRunner().invoke(main, [str(tiny_checkpoint), "--dry-run", "--json"])
+        smaller = CliRunner().invoke(main, [*words[:1], *words[2:], "--precision", precision])
+        sizes = [json.loads(run.stdout)["bytes"]["weights"] for run in (smaller, done)]
+        assert sizes[0] < 0.6 * sizes[1]
+    table = CliRunner().invoke(main, [str(tiny_checkpoint), "--dry-run"]).output
+    assert "nothing was written" in table
+    assert "Jetson Orin NX 16 GB" in table
+
+
+def test_without_a_bundle_an_export_is_wrong_usage(tiny_checkpoint: Path) -> None:
+    from knnmoe.export.cli import main
+
+    done = CliRunner().invoke(main, [str(tiny_checkpoint)])
+    assert done.exit_code == 2
+    assert "BUNDLE" in done.output
