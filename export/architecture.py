@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from knnmoe.runtime.bundle import MAX_GATES, ModelShape
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError, SettingError
 from knnmoe.runtime.routing import RoutingRule
+
+from .rope import Rope, Yarn
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 HEAD_SIZE_MULTIPLE = 16  # of ONNX Runtime's GroupQueryAttention, where it rotates
@@ -45,6 +48,8 @@ class TensorNames:
     key_bias: str | None = None
     value_bias: str | None = None
     output_bias: str | None = None
+    sinks: str | None = None  # [heads]: scores of a token that adds nothing
+    router_bias: str | None = None
     dense_gate: str | None = None
     dense_up: str | None = None
     dense_down: str | None = None
@@ -154,7 +159,7 @@ class Architecture:
     shared_width: int | None  # of the expert that every token goes through
     attention_bias: bool
     norm_epsilon: float
-    rope_theta: float
+    rope: Rope
     clip_qkv: float | None
     tied_head: bool
 
@@ -209,7 +214,7 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         CheckpointError: If an entry is missing, malformed or inconsistent, or asks for something
             the family's description cannot express.
     """
-    config = _Config(content, where, family)
+    config = _Config(content, where, family.defaults, family.aliases)
     names = family.config
     hidden = config.count(names.hidden_size)
     heads = config.count(names.num_heads)
@@ -243,7 +248,7 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         shared_width=config.count(names.shared_width) if names.shared_width else None,
         attention_bias=_attention_bias(config, family),
         norm_epsilon=config.positive(names.norm_epsilon),
-        rope_theta=_rope_theta(config, family),
+        rope=_rope(config, family),
         clip_qkv=_clip(config, names.clip_qkv),
         tied_head=config.flag(names.tied_head),
     )
@@ -296,6 +301,7 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
         names.output: (hidden, query),
         names.query_norm: (normed[0],),
         names.key_norm: (normed[1],),
+        names.sinks: (architecture.shape.num_heads,),
         names.router_norm: (hidden,),
     }
     if architecture.attention_bias:
@@ -306,6 +312,7 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
         gate, up, down = names.dense_gate, names.dense_up, names.dense_down
     else:
         found |= {names.router: (experts, hidden), names.shared_router: (1, hidden)}
+        found |= {names.router_bias: (experts,)}
         found |= {names.selection_bias: (experts,)}
         width = architecture.shared_width
         gate, up, down = names.shared_gate, names.shared_up, names.shared_down
@@ -370,10 +377,16 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
 class _Config:
     """Access to `config.json` with the family's defaults; every error names the entry."""
 
-    def __init__(self, content: Mapping[str, Any], where: Path, family: Family) -> None:
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        where: Path | str,
+        defaults: tuple[tuple[str, Any], ...] = (),
+        aliases: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self.where = where
-        self._content = dict(family.defaults) | dict(content)
-        for other, name in family.aliases:
+        self._content = dict(defaults) | dict(content)
+        for other, name in aliases:
             if other not in content:
                 continue
             if content.get(name, content[other]) != content[other]:
@@ -399,6 +412,10 @@ class _Config:
         if type(found) is not int or not 1 <= found < 1 << 31:
             raise self.wrong(name, "malformed", "a positive whole number")
         return found
+
+    def inside(self, name: str) -> _Config:
+        """Access to an object that is an entry."""
+        return _Config(self.raw(name), f"{self.where}: {name}")
 
     def counts(self, name: str) -> list[int]:
         """Numbers from 0; none where the entry is null."""
@@ -504,27 +521,58 @@ def _windows(config: _Config, names: ConfigNames, count: int) -> list[int | None
     return [window] * count
 
 
-def _rope_theta(config: _Config, family: Family) -> float:
-    """The base of the rotary embedding, in the old form of config or the new.
+def _rope(config: _Config, family: Family) -> Rope:
+    """The rotary embedding, in the old form of config or the new.
 
     Old: `rope_theta`, `rope_scaling`; new: `rope_parameters` with both.
     """
+    yarn: Yarn | None = None
     for name in ("rope_parameters", "rope_scaling"):
         found = config.raw(name)
         if found is None:
             continue
         if not isinstance(found, dict):
             raise config.wrong(name, "malformed", "an object or null")
-        if found.get("rope_type", found.get("type", "default")) != "default":
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind == "yarn":
+            yarn = _yarn(config, config.inside(name), family.config.max_positions)
+        elif kind != "default":
             raise config.wrong(
-                name, "asks for a scaling that is not supported", "rope_type default"
+                name, "asks for a scaling that is not supported", "rope_type default or yarn"
             )
         if found.get("partial_rotary_factor", 1.0) != 1.0:
             raise config.wrong(name, "rotates only a part of each head", "the whole head")
     parameters = config.raw("rope_parameters") or {}
     theta = parameters.get("rope_theta", config.raw("rope_theta"))
     if theta is None:
-        return family.rope_theta
+        return Rope(family.rope_theta, yarn)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < 1e12:
         raise config.wrong("rope_theta", "malformed", "a number above 1")
-    return float(theta)
+    return Rope(float(theta), yarn)
+
+
+def _yarn(config: _Config, inside: _Config, max_positions: str) -> Yarn:
+    """YaRN's numbers, with what transformers assumes where the config leaves them out."""
+
+    def number(name: str, default: float) -> float:
+        return default if inside.raw(name) is None else inside.positive(name)
+
+    def growth(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    original = "original_max_position_embeddings"
+    stated = config if config.raw(original) is not None else inside
+    positions = stated.count(original, default=config.count(max_positions))
+    factor = inside.positive("factor")
+    magnitude = growth(1.0)
+    if inside.raw("mscale") and inside.raw("mscale_all_dim"):
+        magnitude = growth(inside.positive("mscale")) / growth(inside.positive("mscale_all_dim"))
+    truncate = inside.raw("truncate")
+    return Yarn(
+        factor=factor,
+        positions=positions,
+        magnitude=number("attention_factor", magnitude),
+        fast=number("beta_fast", Yarn.fast),
+        slow=number("beta_slow", Yarn.slow),
+        whole=True if truncate is None else inside.flag("truncate"),
+    )

@@ -85,6 +85,11 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
             "num_local_experts": 8, "rope_theta": ...,
             "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
         },
+        "a context stretched by YaRN": {
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32,
+            },
+        },
         "a window of 5, one narrow key head": {
             "use_sliding_window": True, "sliding_window": 5, "num_key_value_heads": 1,
             "head_dim": 16, "num_attention_heads": 6,
@@ -104,6 +109,14 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "windows of 6 in every other layer, last layer dense": {
             "num_hidden_layers": 5, "mlp_only_layers": [4], "use_sliding_window": True,
             "sliding_window": 6, "shards": 2, "dtype": "bfloat16",
+        },
+        "a context stretched by YaRN along a ramp of broken pairs": {
+            "rope_theta": ...,
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16,
+                "rope_theta": 700.0, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False,
+                "mscale": 0.7, "mscale_all_dim": 0.3,
+            },
         },
         "windows of 4 by list, no biases, renormalised": {
             "mlp_only_layers": [], "qkv_bias": False, "norm_topk_prob": True,

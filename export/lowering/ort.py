@@ -84,10 +84,13 @@ class OrtLowering:
         g, a = self._g, self._a
         window = a.layers[layer].window
         windowed = {} if window is None else {"local_window_size": window}
+        sinks: list[ir.Value | None] = []
+        if a.family.tensors.sinks is not None:
+            sinks = [None, None, self.weight(layer_name(layer, "sinks"))]
         query, key, value = self._query_key_value(normed, layer)
         outputs = g.ops(
             "GroupQueryAttention", query, key, value, *past, *step,
-            self.weight(ROPE_COS), self.weight(ROPE_SIN),
+            self.weight(ROPE_COS), self.weight(ROPE_SIN), *sinks,
             count=3, domain=CONTRIB, num_heads=a.shape.num_heads,
             kv_num_heads=a.shape.num_kv_heads, do_rotary=1, **windowed,
         )  # fmt: skip
@@ -102,7 +105,10 @@ class OrtLowering:
 
     def router(self, router_input: ir.Value, layer: int) -> ir.Value:
         """router_input [T, D] → router_logits [T, E]."""
-        return self._linear(router_input, layer_name(layer, "router"))
+        logits = self._linear(router_input, layer_name(layer, "router"))
+        if self._a.family.tensors.router_bias is None:
+            return logits
+        return self._g.op("Add", logits, self.weight(layer_name(layer, "router_bias")))
 
     def experts(
         self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int

@@ -45,7 +45,7 @@ def segment_weights(
         planned.extend(_copies(architecture, checkpoint, layer, _shared(names)))
     for layer in architecture.segment_layers(segment):
         dense = architecture.layers[layer].gate is None
-        parts = _attention(names) | (_dense(names) if dense else {"router": (names.router,)})
+        parts = _attention(names) | (_dense(names) if dense else _router(names))
         planned.extend(_copies(architecture, checkpoint, layer, parts))
     if segment == shape.num_gates:
         copied(FINAL_NORM, names.final_norm, size=(hidden,))
@@ -66,8 +66,13 @@ def _attention(names: TensorNames) -> Parts:
         "key_norm": (names.key_norm,),
         "output": (names.output,),
         "output_bias": (names.output_bias,),
+        "sinks": (names.sinks,),
         "router_norm": (names.router_norm,),
     }
+
+
+def _router(names: TensorNames) -> Parts:
+    return {"router": (names.router,), "router_bias": (names.router_bias,)}
 
 
 def _dense(names: TensorNames) -> Parts:
@@ -129,17 +134,14 @@ def _experts(architecture: Architecture, checkpoint: Checkpoint, layer: int) -> 
 def _rope(architecture: Architecture) -> list[PlannedTensor]:
     """Cosines and sines [positions, head size / 2], computed as transformers does, in fp32."""
     size, positions = architecture.shape.head_size, architecture.shape.max_positions
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    # The power is rounded once, from float64, as torch's is; NumPy's own in fp32 is an ulp off here
-    # and there, which is 2e-4 rad at position 4096.
-    powers = np.power(architecture.rope_theta, exponents.astype(np.float64)).astype(np.float32)
-    frequencies = np.float32(1) / powers
+    frequencies = architecture.rope.frequencies(size)
+    magnitude = np.float32(architecture.rope.magnitude)
     rows = 4096
 
     def table(function: np.ufunc) -> Iterator[NDArray[np.float32]]:
         for start in range(0, positions, rows):
             steps = np.arange(start, min(start + rows, positions), dtype=np.float32)
-            yield function(np.outer(steps, frequencies)).astype(np.float32)
+            yield magnitude * function(np.outer(steps, frequencies)).astype(np.float32)
 
     return [
         PlannedTensor(ROPE_COS, (positions, size // 2), lambda: table(np.cos)),

@@ -16,7 +16,7 @@ from knnmoe.runtime.bundle import TensorSpec
 
 from .base import CacheSpecs, Pair, Stream, cache_pair
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, layer_name
-from .std_attention import ATTENTION, Heads
+from .std_attention import ATTENTION, AttentionRule, Heads
 from .std_experts import EXPERTS
 from .std_ops import Operators, StdOps, StdOptions
 
@@ -83,7 +83,7 @@ class StdLowering:
         ops = self._ops
         (past_lengths,) = step
         heads = self._heads(normed, layer)
-        attended, cached = self._attend(ops, heads, past, past_lengths, ops.a.layers[layer].window)
+        attended, cached = self._attend(ops, heads, past, past_lengths, self._rule(layer))
         projected = ops.linear(ops.flat(attended, ops.a.query_width), layer_name(layer, "output"))
         if ops.a.output_bias:
             projected = ops.biased(projected, layer_name(layer, "output_bias"))
@@ -93,7 +93,10 @@ class StdLowering:
 
     def router(self, router_input: ir.Value, layer: int) -> ir.Value:
         """See `Lowering.router`; float32 in every precision, as the router decides."""
-        return self._logits_of(router_input, layer, "router")
+        logits = self._logits_of(router_input, layer, "router")
+        if self._ops.a.family.tensors.router_bias is None:
+            return logits
+        return self._ops.biased(logits, layer_name(layer, "router_bias"))
 
     def experts(
         self, stream: Stream, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
@@ -150,6 +153,11 @@ class StdLowering:
             size = g.ints(width // a.shape.head_size, a.shape.head_size)
             parts.append(g.op("Reshape", part, g.op("Concat", batch, size, axis=0)))
         return Heads(*parts)
+
+    def _rule(self, layer: int) -> AttentionRule:
+        ops, name = self._ops, layer_name(layer, "sinks")
+        sinks = None if ops.a.family.tensors.sinks is None else ops.weight(name)
+        return AttentionRule(ops.a.layers[layer].window, sinks)
 
     def _for_norm(self, part: ir.Value) -> ir.Value:
         """Queries or keys [T, width] with what a norm is over as their last axis."""

@@ -39,8 +39,22 @@ class Heads:
     value: ir.Value
 
 
+@dataclass(frozen=True)
+class AttentionRule:
+    """What sets one layer's attention apart.
+
+    Attributes:
+        window: Tokens that a query sees, itself the last; None for all before it.
+        sinks: [heads], scores of a token that takes its share of the softmax and adds nothing; or
+            None.
+    """
+
+    window: int | None
+    sinks: ir.Value | None
+
+
 def primitive_attention(
-    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, window: int | None
+    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, rule: AttentionRule
 ) -> tuple[ir.Value, Pair]:
     """Attention in products and a softmax: (attended [B, S, heads, head size], (key, value)).
 
@@ -48,14 +62,9 @@ def primitive_attention(
     is read where it lies. The queries that share a key head are rows of one product, so that keys
     are not repeated.
     """
-    g, shape = ops.g, ops.a.shape
-    group = shape.num_heads // shape.num_kv_heads
+    g, group, window = ops.g, _group(ops), rule.window
     scaled = g.op("Mul", _rotated(ops, heads.query, past_lengths), ops.number(_scale(ops)))
-    batch = g.op("Shape", heads.query, start=0, end=2)
-    grouped = g.op("Concat", batch, g.ints(shape.num_kv_heads, group, shape.head_size), axis=0)
-    query = g.op("Transpose", g.op("Reshape", scaled, grouped), perm=[0, 2, 1, 3, 4])
-    rows = g.ints(0, 0, -1, shape.head_size)  # [B, KV heads, S · group, head size]
-    query = ops.narrow(g.op("Reshape", query, rows))
+    query = ops.narrow(_grouped(ops, scaled))
     rotated = _rotated(ops, heads.key, past_lengths)
     key, value = (ops.narrow(_finite(ops, _by_head(ops, part))) for part in (rotated, heads.value))
     seen_past = ops.once(
@@ -69,7 +78,7 @@ def primitive_attention(
         _scores(ops, query, key, seen_new),
         axis=-1,
     )
-    weights = ops.narrow(g.op("Softmax", scores, axis=-1))
+    weights = ops.narrow(_shares(ops, scores, rule.sinks))
     capacity = g.op("Shape", past[0], start=2, end=3)
     end, axis = g.ints(np.iinfo(np.int64).max), g.ints(-1)
     of_past = g.op("Slice", weights, g.ints(0), capacity, axis)
@@ -79,25 +88,24 @@ def primitive_attention(
         ops.widen(g.op("MatMul", of_past, past[1])),
         ops.widen(g.op("MatMul", of_new, value)),
     )
-    back = g.op(
-        "Concat", g.op("Shape", key, start=0, end=3), g.ints(group, shape.head_size), axis=0
-    )
-    attended = g.op("Transpose", g.op("Reshape", attended, back), perm=[0, 2, 1, 3, 4])
-    return g.op("Reshape", attended, g.op("Shape", heads.query)), (key, value)
+    return _ungrouped(ops, attended, key, heads.query), (key, value)
 
 
 def modern_attention(
-    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, window: int | None
+    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, rule: AttentionRule
 ) -> tuple[ir.Value, Pair]:
     """Attention by operators of opset 24: (attended [B, S, heads, head size], (key, value)).
 
     The pair is the whole cache after the step, which TensorScatter has written into; past and
     present are bound to one buffer. Its capacity must have room for all S rows of every sequence,
     padding included. The softmax of float16 scores has the precision the host gives it: TensorRT
-    refuses the attribute that would ask for float32.
+    refuses the attribute that would ask for float32. The operator knows no sinks: layers that have
+    them are products and a softmax here too.
     """
-    g = ops.g
-    query = ops.narrow(_rotary_embedding(ops, heads.query, past_lengths))
+    g, window = ops.g, rule.window
+    query = _rotary_embedding(ops, heads.query, past_lengths)
+    if rule.sinks is None:
+        query = ops.narrow(query)
     rotated = _rotary_embedding(ops, heads.key, past_lengths)
     key, value = (ops.narrow(_finite(ops, part)) for part in (rotated, _by_head(ops, heads.value)))
     keys, values = (
@@ -107,11 +115,18 @@ def modern_attention(
     seen = ops.once(
         f"seen in {window}", lambda: _seen(ops, past[0], heads.query, past_lengths, window)
     )
+    if rule.sinks is not None:
+        scaled = g.op("Mul", _by_head(ops, query), ops.number(_scale(ops)))
+        rows = ops.once(f"seen by group in {window}", lambda: _by_group(ops, seen))
+        scores = _scores(ops, ops.narrow(_grouped(ops, scaled)), keys, rows)
+        weights = ops.narrow(_shares(ops, scores, rule.sinks))
+        attended = ops.widen(g.op("MatMul", weights, values))
+        return _ungrouped(ops, attended, key, heads.query), (keys, values)
     attended = g.op("Attention", query, keys, values, seen)
     return ops.widen(_by_head(ops, attended)), (keys, values)
 
 
-Attention = Callable[[StdOps, Heads, Pair, ir.Value, int | None], tuple[ir.Value, Pair]]
+Attention = Callable[[StdOps, Heads, Pair, ir.Value, AttentionRule], tuple[ir.Value, Pair]]
 
 ATTENTION: dict[Operators, Attention] = {
     "primitive": primitive_attention,
@@ -121,6 +136,63 @@ ATTENTION: dict[Operators, Attention] = {
 
 def _scale(ops: StdOps) -> float:
     return float(1 / np.sqrt(ops.a.shape.head_size))
+
+
+def _group(ops: StdOps) -> int:
+    """Query heads that share a key head."""
+    return ops.a.shape.num_heads // ops.a.shape.num_kv_heads
+
+
+def _grouped(ops: StdOps, query: ir.Value) -> ir.Value:
+    """[B, S, heads, head size] → [B, KV heads, S · group, head size]."""
+    g, shape = ops.g, ops.a.shape
+    batch = g.op("Shape", query, start=0, end=2)
+    grouped = g.op(
+        "Concat", batch, g.ints(shape.num_kv_heads, _group(ops), shape.head_size), axis=0
+    )
+    query = g.op("Transpose", g.op("Reshape", query, grouped), perm=[0, 2, 1, 3, 4])
+    return g.op("Reshape", query, g.ints(0, 0, -1, shape.head_size))
+
+
+def _ungrouped(ops: StdOps, attended: ir.Value, key: ir.Value, query: ir.Value) -> ir.Value:
+    """[B, KV heads, S · group, head size] → [B, S, heads, head size], as the query is.
+
+    Args:
+        key: Of the step, [B, KV heads, S, head size].
+    """
+    g = ops.g
+    begin = g.op("Shape", key, start=0, end=3)
+    back = g.op("Concat", begin, g.ints(_group(ops), ops.a.shape.head_size), axis=0)
+    attended = g.op("Transpose", g.op("Reshape", attended, back), perm=[0, 2, 1, 3, 4])
+    return g.op("Reshape", attended, g.op("Shape", query))
+
+
+def _shares(ops: StdOps, scores: ir.Value, sinks: ir.Value | None) -> ir.Value:
+    """The softmax of scores [B, KV heads, S · group, columns], less what the sinks take."""
+    g = ops.g
+    if sinks is None:
+        return g.op("Softmax", scores, axis=-1)
+    rows = g.op("Shape", scores, start=0, end=3)
+    # A row is a token's share of a group: the heads of the group take turns.
+    size = g.op("Div", g.op("Gather", rows, g.ints(2), axis=0), g.ints(_group(ops)))
+    heads = g.op("Reshape", sinks, g.ints(ops.a.shape.num_kv_heads, 1, _group(ops)))
+    turns = g.op("Concat", g.ints(1), size, g.ints(1), axis=0)
+    column = g.op("Reshape", g.op("Tile", heads, turns), g.ints(1, ops.a.shape.num_kv_heads, -1, 1))
+    column = g.op("Expand", column, g.op("Concat", rows, g.ints(1), axis=0))
+    shares = g.op("Softmax", g.op("Concat", scores, column, axis=-1), axis=-1)
+    return g.op("Slice", shares, g.ints(0), g.ints(-1), g.ints(-1))
+
+
+def _by_group(ops: StdOps, seen: ir.Value) -> ir.Value:
+    """[B, 1, S, columns] → [B, 1, S · group, columns]: the heads of a group see the same."""
+    g, group = ops.g, _group(ops)
+    if group == 1:
+        return seen
+    size = g.op("Shape", seen)
+    begin, end = (g.op("Slice", size, g.ints(a), g.ints(b)) for a, b in ((0, 3), (3, 4)))
+    wide = g.op("Concat", begin, g.ints(group), end, axis=0)
+    repeated = g.op("Expand", g.op("Unsqueeze", seen, g.ints(3)), wide)
+    return g.op("Reshape", repeated, g.op("Concat", g.ints(0, 1, -1), end, axis=0))
 
 
 def _by_head(ops: StdOps, value: ir.Value) -> ir.Value:

@@ -49,7 +49,7 @@ def test_a_tiny_olmoe_is_described_as_it_is(source):
     assert architecture.routing.to_json() == {
         "top_k": 2, "score": "softmax", "renormalize": False, "scale": 1.0,
     }  # fmt: skip
-    assert (architecture.clip_qkv, architecture.rope_theta) == (2.0, 10000.0)
+    assert (architecture.clip_qkv, architecture.rope.theta) == (2.0, 10000.0)
 
 
 def test_what_the_config_leaves_out_is_what_transformers_assumes(source, tmp_path):
@@ -59,7 +59,7 @@ def test_what_the_config_leaves_out_is_what_transformers_assumes(source, tmp_pat
     )  # fmt: skip
     architecture = opened(with_config(source, tmp_path, **absent))
     assert architecture.clip_qkv is None
-    assert architecture.rope_theta == 10000.0
+    assert architecture.rope.theta == 10000.0
     assert not architecture.routing.renormalize
 
 
@@ -83,7 +83,8 @@ def test_what_the_config_leaves_out_is_what_transformers_assumes(source, tmp_pat
         ({"norm_topk_prob": "yes"}, "norm_topk_prob: malformed"),
         ({"clip_qkv": -1}, "clip_qkv: malformed"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaling that is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "scaling that is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "scaling that is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: factor: malformed"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only a part of each head"),
         ({"rope_theta": 0}, "rope_theta: malformed"),
         ({"intermediate_size": 48}, "another shape than the config states"),
@@ -180,7 +181,11 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
         ("qwen3_moe", {"use_sliding_window": 1}, "use_sliding_window: malformed"),
         ("qwen3_moe", WINDOWED | {"sliding_window": 0}, "sliding_window: malformed"),
         ("qwen3_moe", {"num_hidden_layers": 5000}, "num_hidden_layers: is too large"),
-        ("qwen3_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_scaling: asks"),
+        (
+            "qwen3_moe",
+            {"rope_scaling": {"type": "yarn", "factor": -4}},
+            "rope_scaling: factor: malf",
+        ),
         ("mixtral", {"sliding_window": -1}, "sliding_window: malformed"),
         ("mixtral", {"num_local_experts": ...}, "num_local_experts: malformed"),
         ("mixtral", {"head_dim": 32}, "q_proj.weight: has another shape"),

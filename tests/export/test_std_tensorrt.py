@@ -133,7 +133,7 @@ def test_every_segment_of_every_family_is_built(
     tensorrt: Builder, tmp_path: Path, family: str, kind: str
 ) -> None:
     bundle = exported(tmp_path, family, kind)
-    tensorrt(bundle, [job(i, way, *ALL) for way in WAYS for i in segments(bundle)])
+    tensorrt(bundle, [job(i, way, "SM86") for way in WAYS for i in segments(bundle)])
     tensorrt(bundle, [job("fused", way, "SM86") for way in WAYS if way["experts"] == "gathered"])
 
 
