@@ -1,0 +1,50 @@
+"""Several layers a segment, shared experts and windows do on a device what they do on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import write_tiny_pack
+from knnmoe.runtime.model import Model
+from tiny import make_tiny
+
+pytest.importorskip("onnx_ir")
+IDS = np.random.default_rng(5).integers(0, 256, 40)
+BATCH = np.random.default_rng(6).integers(0, 256, (3, 9))
+LENGTHS = np.array([9, 4, 1])
+KINDS = [
+    ("qwen3_moe", "first and last layers dense, two in a row"),
+    ("mixtral", "a window of 5, wide heads, many experts"),
+    ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda name: " ".join(name))
+def bundle(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from knnmoe.export.exporter import export
+
+    root = tmp_path_factory.mktemp("family")
+    return export(make_tiny(root / "checkpoint", *request.param), root / "bundle").bundle
+
+
+@pytest.mark.parametrize(
+    ("layout", "operators"), [("split", "primitive"), ("split", "modern"), ("fused", "primitive")]
+)
+def test_logits_and_ragged_batches_are_those_of_the_host(
+    load: Any, bundle: Path, tmp_path: Path, layout: str, operators: str
+) -> None:
+    pack = write_tiny_pack(tmp_path / "pack", bundle)
+    expected = Model.load(bundle, memory=pack, gate="numpy-float64", threads=1)
+    device = load(bundle_path=bundle, memory=pack, layout=layout, operators=operators).model
+    np.testing.assert_allclose(device.logits(IDS), expected.logits(IDS), atol=2e-4)
+    caches = [model.pipeline.new_cache(3, capacity=16) for model in (device, expected)]
+    for ids, lengths in ((BATCH, LENGTHS), *[(BATCH[:, i : i + 1], None) for i in range(4)]):
+        found, wanted = (
+            model.pipeline.step(cache, ids, lengths).copy()
+            for model, cache in zip((device, expected), caches, strict=True)
+        )
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
