@@ -219,6 +219,15 @@ def test_extreme_logits_of_a_sigmoid(bench: Bench) -> None:
     np.testing.assert_allclose(weights, [[2 / 3, 1 / 3], [0, 0]], rtol=1e-6)
 
 
+def test_large_logits_of_a_softmax_over_the_selected(bench: Bench) -> None:
+    logits = few_values(6, 3, 40) + np.array([[300], [-300], [0]], np.float32)
+    rule = RoutingRule(5, "softmax-topk")
+    ids, weights = bench.route(logits, rule, 5)
+    np.testing.assert_array_equal(ids, rule.apply(logits)[0])
+    np.testing.assert_allclose(weights, rule.apply(logits)[1], rtol=1e-5)
+    np.testing.assert_allclose(bench.assign(logits, rule), rule.assignments(logits), rtol=1e-5)
+
+
 @pytest.mark.parametrize("score", ["softmax-topk", "sigmoid"])
 def test_a_logit_that_is_nan_comes_after_every_number(bench: Bench, score: str) -> None:
     logits = few_values(3, 2, 40) + np.float32(0.3)
