@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError, SettingError
 from knnmoe.runtime.routing import RoutingRule
 
-from .rope import Rope, Yarn
+from .config import NOT_DESCRIBED, Config
+from .rope import Rope, read_rope
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
 HEAD_SIZE_MULTIPLE = 16  # of ONNX Runtime's GroupQueryAttention, where it rotates
-
-NOT_DESCRIBED = "knnmoe has no description for this kind of checkpoint yet."
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         CheckpointError: If an entry is missing, malformed or inconsistent, or asks for something
             the family's description cannot express.
     """
-    config = _Config(content, where, family.defaults, family.aliases)
+    config = Config(content, where, family.defaults, family.aliases)
     names = family.config
     hidden = config.count(names.hidden_size)
     heads = config.count(names.num_heads)
@@ -248,13 +246,13 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         shared_width=config.count(names.shared_width) if names.shared_width else None,
         attention_bias=_attention_bias(config, family),
         norm_epsilon=config.positive(names.norm_epsilon),
-        rope=_rope(config, family),
+        rope=read_rope(config, family.rope_theta, names.max_positions),
         clip_qkv=_clip(config, names.clip_qkv),
         tied_head=config.flag(names.tied_head),
     )
 
 
-def _routing(config: _Config, family: Family, experts: int) -> RoutingRule:
+def _routing(config: Config, family: Family, experts: int) -> RoutingRule:
     names = family.config
     top_k = config.count(names.top_k)
     if top_k > experts:
@@ -374,80 +372,11 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
             )
 
 
-class _Config:
-    """Access to `config.json` with the family's defaults; every error names the entry."""
-
-    def __init__(
-        self,
-        content: Mapping[str, Any],
-        where: Path | str,
-        defaults: tuple[tuple[str, Any], ...] = (),
-        aliases: tuple[tuple[str, str], ...] = (),
-    ) -> None:
-        self.where = where
-        self._content = dict(defaults) | dict(content)
-        for other, name in aliases:
-            if other not in content:
-                continue
-            if content.get(name, content[other]) != content[other]:
-                raise self.wrong(other, f"is not what {name} says", str(content[name]))
-            self._content[name] = content[other]
-
-    def raw(self, name: str) -> Any:
-        return self._content.get(name)
-
-    def wrong(self, name: str, problem: str, expected: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.where}: {name}",
-            problem,
-            expected=expected,
-            found=str(self._content.get(name, "nothing"))[:200],
-            fix=NOT_DESCRIBED if name in self._content else "Use the checkpoint's own config.json.",
-        )
-
-    def count(self, name: str, *, default: int | None = None) -> int:
-        found = self.raw(name)
-        if found is None and default is not None:
-            return default
-        if type(found) is not int or not 1 <= found < 1 << 31:
-            raise self.wrong(name, "malformed", "a positive whole number")
-        return found
-
-    def inside(self, name: str) -> _Config:
-        """Access to an object that is an entry."""
-        return _Config(self.raw(name), f"{self.where}: {name}")
-
-    def counts(self, name: str) -> list[int]:
-        """Numbers from 0; none where the entry is null."""
-        found = self.raw(name)
-        if found is None:
-            return []
-        if not isinstance(found, list) or not all(type(n) is int and n >= 0 for n in found):
-            raise self.wrong(name, "malformed", "a list of whole numbers")
-        return found
-
-    def positive(self, name: str) -> float:
-        found = self.raw(name)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1e38:
-            raise self.wrong(name, "malformed", "a positive number")
-        return float(found)
-
-    def flag(self, name: str) -> bool:
-        found = self.raw(name)
-        if not isinstance(found, bool):
-            raise self.wrong(name, "malformed", "true or false")
-        return found
-
-    def must_be(self, name: str, value: Any) -> None:
-        if self.raw(name) != value:
-            raise self.wrong(name, "is not supported", str(value))
-
-
-def _clip(config: _Config, name: str | None) -> float | None:
+def _clip(config: Config, name: str | None) -> float | None:
     return None if name is None or config.raw(name) is None else config.positive(name)
 
 
-def _head_size(config: _Config, family: Family, hidden: int, heads: int) -> int:
+def _head_size(config: Config, family: Family, hidden: int, heads: int) -> int:
     names = family.config
     stated = config.raw(names.head_size) is not None
     if hidden % heads and not (stated and family.free_head_size):
@@ -468,7 +397,7 @@ def _head_size(config: _Config, family: Family, hidden: int, heads: int) -> int:
     return head_size
 
 
-def _attention_bias(config: _Config, family: Family) -> bool:
+def _attention_bias(config: Config, family: Family) -> bool:
     name = family.config.attention_bias
     if name is None:
         return False
@@ -478,7 +407,7 @@ def _attention_bias(config: _Config, family: Family) -> bool:
     return config.flag(name)
 
 
-def _layers(config: _Config, names: ConfigNames) -> tuple[Layer, ...]:
+def _layers(config: Config, names: ConfigNames) -> tuple[Layer, ...]:
     """Which layers have a gate, and how far each one's queries see."""
     count = config.count(names.num_layers)
     if count > MAX_GATES:
@@ -498,7 +427,7 @@ def _layers(config: _Config, names: ConfigNames) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _windows(config: _Config, names: ConfigNames, count: int) -> list[int | None]:
+def _windows(config: Config, names: ConfigNames, count: int) -> list[int | None]:
     """The window of each layer."""
     name = names.window
     used = name is not None and config.raw(name) is not None
@@ -519,60 +448,3 @@ def _windows(config: _Config, names: ConfigNames, count: int) -> list[int | None
             raise config.wrong(names.window_end, "malformed", "a whole number")
         return [window if index % 2 == 0 and index < end else None for index in range(count)]
     return [window] * count
-
-
-def _rope(config: _Config, family: Family) -> Rope:
-    """The rotary embedding, in the old form of config or the new.
-
-    Old: `rope_theta`, `rope_scaling`; new: `rope_parameters` with both.
-    """
-    yarn: Yarn | None = None
-    for name in ("rope_parameters", "rope_scaling"):
-        found = config.raw(name)
-        if found is None:
-            continue
-        if not isinstance(found, dict):
-            raise config.wrong(name, "malformed", "an object or null")
-        kind = found.get("rope_type", found.get("type", "default"))
-        if kind == "yarn":
-            yarn = _yarn(config, config.inside(name), family.config.max_positions)
-        elif kind != "default":
-            raise config.wrong(
-                name, "asks for a scaling that is not supported", "rope_type default or yarn"
-            )
-        if found.get("partial_rotary_factor", 1.0) != 1.0:
-            raise config.wrong(name, "rotates only a part of each head", "the whole head")
-    parameters = config.raw("rope_parameters") or {}
-    theta = parameters.get("rope_theta", config.raw("rope_theta"))
-    if theta is None:
-        return Rope(family.rope_theta, yarn)
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < 1e12:
-        raise config.wrong("rope_theta", "malformed", "a number above 1")
-    return Rope(float(theta), yarn)
-
-
-def _yarn(config: _Config, inside: _Config, max_positions: str) -> Yarn:
-    """YaRN's numbers, with what transformers assumes where the config leaves them out."""
-
-    def number(name: str, default: float) -> float:
-        return default if inside.raw(name) is None else inside.positive(name)
-
-    def growth(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    original = "original_max_position_embeddings"
-    stated = config if config.raw(original) is not None else inside
-    positions = stated.count(original, default=config.count(max_positions))
-    factor = inside.positive("factor")
-    magnitude = growth(1.0)
-    if inside.raw("mscale") and inside.raw("mscale_all_dim"):
-        magnitude = growth(inside.positive("mscale")) / growth(inside.positive("mscale_all_dim"))
-    truncate = inside.raw("truncate")
-    return Yarn(
-        factor=factor,
-        positions=positions,
-        magnitude=number("attention_factor", magnitude),
-        fast=number("beta_fast", Yarn.fast),
-        slow=number("beta_slow", Yarn.slow),
-        whole=True if truncate is None else inside.flag("truncate"),
-    )

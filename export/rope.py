@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import Config
+
 Floats = NDArray[np.float32]
 
 
@@ -84,3 +86,70 @@ class Rope:
         pairs = np.arange(head_size // 2, dtype=np.float32)
         ramp: Floats = np.clip((pairs - np.float32(first)) / np.float32(last - first), 0, 1)
         return ramp
+
+
+def read_rope(config: Config, default_theta: float, max_positions: str) -> Rope:
+    """The rotary embedding, in the old form of config or the new.
+
+    Old: `rope_theta`, `rope_scaling`; new: `rope_parameters` with both.
+
+    Args:
+        config: Of the checkpoint.
+        default_theta: The base where the config leaves it out.
+        max_positions: Name of the entry that holds the longest context.
+
+    Raises:
+        CheckpointError: If an entry is malformed or asks for what is not supported.
+    """
+    yarn: Yarn | None = None
+    for name in ("rope_parameters", "rope_scaling"):
+        found = config.raw(name)
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise config.wrong(name, "malformed", "an object or null")
+        if any(isinstance(value, dict) for value in found.values()):
+            raise config.wrong(name, "is not the same for all layers", "one set of numbers")
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind == "yarn":
+            yarn = _yarn(config, config.inside(name), max_positions)
+        elif kind != "default":
+            raise config.wrong(
+                name, "asks for a scaling that is not supported", "rope_type default or yarn"
+            )
+        if found.get("partial_rotary_factor", 1.0) != 1.0:
+            raise config.wrong(name, "rotates only a part of each head", "the whole head")
+    parameters = config.raw("rope_parameters") or {}
+    theta = parameters.get("rope_theta", config.raw("rope_theta"))
+    if theta is None:
+        return Rope(default_theta, yarn)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < 1e12:
+        raise config.wrong("rope_theta", "malformed", "a number above 1")
+    return Rope(float(theta), yarn)
+
+
+def _yarn(config: Config, inside: Config, max_positions: str) -> Yarn:
+    """YaRN's numbers, with what transformers assumes where the config leaves them out."""
+
+    def number(name: str, default: float) -> float:
+        return default if inside.raw(name) is None else inside.positive(name)
+
+    def growth(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    original = "original_max_position_embeddings"
+    stated = config if config.raw(original) is not None else inside
+    positions = stated.count(original, default=config.count(max_positions))
+    factor = inside.positive("factor")
+    magnitude = growth(1.0)
+    if inside.raw("mscale") and inside.raw("mscale_all_dim"):
+        magnitude = growth(inside.positive("mscale")) / growth(inside.positive("mscale_all_dim"))
+    truncate = inside.raw("truncate")
+    return Yarn(
+        factor=factor,
+        positions=positions,
+        magnitude=number("attention_factor", magnitude),
+        fast=number("beta_fast", Yarn.fast),
+        slow=number("beta_slow", Yarn.slow),
+        whole=True if truncate is None else inside.flag("truncate"),
+    )

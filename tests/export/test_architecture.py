@@ -86,6 +86,7 @@ def test_what_the_config_leaves_out_is_what_transformers_assumes(source, tmp_pat
         ({"rope_parameters": {"rope_type": "longrope"}}, "scaling that is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: factor: malformed"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only a part of each head"),
+        ({"rope_parameters": {"full_attention": {}}}, "not the same for all layers"),
         ({"rope_theta": 0}, "rope_theta: malformed"),
         ({"intermediate_size": 48}, "another shape than the config states"),
         ({"vocab_size": 100}, "embed_tokens.weight: has another shape"),
