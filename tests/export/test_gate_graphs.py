@@ -211,3 +211,10 @@ def test_equal_groups_and_experts_choose_the_lower() -> None:
 def test_a_rule_that_cannot_select_among_the_experts_makes_no_graph() -> None:
     with pytest.raises(SettingError, match=r"^routing.groups: does not divide"):
         gate_graph("frozen", GateShape(D, 10, 2, RoutingRule(2, groups=4)))
+
+
+def test_sigmoids_that_are_all_zero_weigh_nothing() -> None:
+    rule = RoutingRule(2, "sigmoid", renormalize=True)
+    graph = session("frozen", GateShape(D, E, 2, rule))
+    _, weights = route(graph, np.full((T, E), -1e4, np.float32))
+    assert (weights == 0).all()

@@ -104,6 +104,20 @@ def test_every_gate_of_the_host_routes_alike(bundle: Path, pack: MemoryPack, var
         np.testing.assert_allclose(model.logits(IDS), expected, atol=5e-4)
 
 
+def test_assignments_in_a_memory_are_those_of_each_gates_own_bias(
+    bundle: Path, pack: MemoryPack
+) -> None:
+    used = pack.with_settings(variant="assignment")
+    biases = read_selection_biases(Bundle.open(bundle, verify=False))
+    for gate, bias in zip(used.gates, biases, strict=True):
+        assert bias is not None
+        entries = used.read(gate)
+        learned = entries.router_logits + entries.residuals
+        values = used.gate_memory(gate, RULE, bias).values
+        np.testing.assert_array_equal(values, RULE.assignments(learned, bias))
+        assert (values != RULE.assignments(learned, 0 * bias)).any()
+
+
 def copied(bundle: Path, to: Path) -> Path:
     import shutil
 
