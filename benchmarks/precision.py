@@ -84,8 +84,6 @@ WIDE_WAYS = (
         QuantizeOptions(quantize_head=True, search=False, block_size=32)),
     Way("int4, zero points, head int8", "int4",
         QuantizeOptions(quantize_head=True, search=False, zero_points=True)),
-    Way("int4, head int8, exact activations", "int4",
-        QuantizeOptions(quantize_head=True, search=False, exact_activations=True)),
 )  # fmt: skip
 
 
@@ -114,20 +112,24 @@ def main(model: Path, demo: Path, target: Path, tokens: int, rounds: int, wide: 
     """Print the tables and write them as JSON."""
     console = Console()
     report: dict[str, Any] = {"environment": environment()}
+
+    def keep(section: str, figures: dict[str, Any]) -> None:
+        report[section] = figures
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as folder:
         exported = {way.name: bundle_of(model, Path(folder), way) for way in WAYS}
         models = {name: Model.load(found.bundle, threads=1) for name, found in exported.items()}
         texts = {name: sequences(models["fp32"], demo / "texts" / name / "test.jsonl", tokens)
                  for name in TEXTS}  # fmt: skip
-        report["quality"] = quality(console, models, exported, texts)
-        report["decode"] = decode(console, "the demo model", models, rounds)
+        keep("quality", quality(console, models, exported, texts))
+        keep("decode", decode(console, "the demo model", models, rounds))
         memory = demo / "memory-scripture"
         if memory.is_dir():
-            report["memory"] = gains(console, models, memory, texts["scripture"])
+            keep("memory", gains(console, models, memory, texts["scripture"]))
     if wide:
-        report["wide"] = {"layers": wide, **timed_wide(console, wide, rounds)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        keep("wide", {"layers": wide, **timed_wide(console, wide, rounds)})
 
 
 def bundle_of(model: Path, folder: Path, way: Way) -> ExportReport:

@@ -54,7 +54,7 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 @click.option("--exact-activations", is_flag=True,
               help="int4: multiply with fp32, not with activations rounded to 8 bits; up to three "
                    "times slower.")  # fmt: skip
-@click.option("--quantize-head", is_flag=True, help="int8, int4: store the head in 8 bits.")
+@click.option("--quantize-head", is_flag=True, help="int8, int4: store the head in 8 bits too.")
 @click.option("--no-scale-search", is_flag=True,
               help="int8, int4: take each block's range as it is; exports sooner, and is less "
                    "accurate.")  # fmt: skip

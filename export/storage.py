@@ -65,7 +65,7 @@ class QuantizeOptions:
         zero_points: Give every block a zero point of its own: more accurate, and slower.
         exact_activations: Multiply with fp32, not with activations rounded to 8 bits. Not for int8,
             for which ONNX Runtime has no such operator.
-        quantize_head: Store the head in blocks of `HEAD_BITS` bits.
+        quantize_head: Store the head in blocks of `HEAD_BITS` bits; not with exact activations.
         search: Search for the scales, which takes most of the time of an export.
     """
 
@@ -204,6 +204,15 @@ def storage_for(
             "multiplied with in any case",
             expected="int4, fp16 or fp32",
             fix="Choose another --precision, or leave --exact-activations out.",
+        )
+    if options.quantize_head and options.exact_activations:
+        raise SettingError(
+            "quantize_head",
+            "does not go with exact activations: ONNX Runtime would unpack the whole 8-bit head at "
+            "every step, which takes longer than all else",
+            expected="one of the two",
+            found="both",
+            fix="Leave --quantize-head or --exact-activations out.",
         )
     found = Quantization(
         bits=QUANTIZED_BITS[precision],

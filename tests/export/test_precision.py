@@ -274,6 +274,7 @@ def test_a_person_gets_a_table_of_errors(tmp_path, checkpoint):
         ("fp32", {"zero_points": True}, "zero_points"),
         ("fp16", {"block_size": 32}, "block_size"),
         ("int8", {"exact_activations": True}, "exact_activations"),
+        ("int4", {"exact_activations": True, "quantize_head": True}, "quantize_head"),
         ("int4", {"block_size": 128}, "block_size"),  # an expert's rows are 64
         ("int4", {"block_size": 64, "zero_points": True}, "block_size"),  # one block a row
         ("int4", {"block_size": 48}, "block_size"),
