@@ -96,7 +96,7 @@ def test_every_gate_of_the_host_routes_alike(bundle: Path, pack: MemoryPack, var
     expected = Model.load(bundle, memory=used, gate="numpy-float64").logits(IDS)
     frozen = Model.load(bundle, gate="numpy-float64").logits(IDS)
     assert np.abs(frozen - expected).max() > 0.1
-    for gate in ("onnx", "numpy", "faiss"):
+    for gate in ("onnx", "numpy", "faiss", "two-stage"):
         model = Model.load(bundle, memory=used, gate=gate)
         np.testing.assert_allclose(model.logits(IDS), expected, atol=5e-4)
     if variant != "assignment":

@@ -4,8 +4,8 @@
 // Routing: one warp a token, the row in registers, no shared memory. Reads 4·E bytes a token; writes
 // 8·k (route, heaviest) or 4·E (assign). E ≤ 1024, k ≤ 64, k ≤ E. Selecting is k rounds in which
 // only the lane whose value was taken looks at its values again. A rule that selects by something
-// else than it weighs by (a bias, groups, logits) reads the logits of what it selected once more, and
-// a bias is 4·E bytes of the cache. Groups, at most 32, are ranked one after the other.
+// else than it weighs by (a bias, groups, logits) reads the logits of what it selected once more;
+// a bias is 4·E bytes a token, of the cache. Groups, at most 32, are ranked one after the other.
 //
 // A logit that is NaN or +inf, or a row of -inf alone, has no softmax: the row's experts are then
 // 0..k-1 (without groups), in bounds like any others, and the weights of those that the rule selects
@@ -255,7 +255,8 @@ struct Selected {
 
     // Replaces the scores of the first `count` by what the logits of their experts weigh.
     template <int VALUES>
-    __device__ void weigh(const RouteParams& p, Scores<VALUES>& row, const float* logits, int count) {
+    __device__ void weigh(
+        const RouteParams& p, Scores<VALUES>& row, const float* logits, int count) {
 #pragma unroll
         for (int j = 0; j < kMostSelected / kLanes; ++j) {
             const bool counts = lane_index() + kLanes * j < count;
