@@ -390,7 +390,7 @@ def read_bandwidth(threads: int, *, megabytes: int = 256, repeats: int = 7) -> f
 
 
 def bundle_bytes(bundle: Path) -> float:
-    """What one token reads of a bundle's weights: k of E experts, no tables of which it is a row."""
+    """What a token reads of a bundle's weights: k of E experts, no tables of which it is a row."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     experts = manifest["architecture"]["num_experts"]
     share = manifest["experts_per_token"] / experts
