@@ -203,7 +203,7 @@ def export(
         for folder in ("segments", "gates"):
             (directory / folder).mkdir()
         stored = {name: tensor for plan in weights for name, tensor in plan.stored.items()}
-        plan = ModelPlan(architecture, stored, room, precision)
+        plan = ModelPlan(architecture, stored, room)
         if precision != "fp32":
             plan = replace(plan, lower=partial(_lower_quantized, storage.quantization))
         segments = []

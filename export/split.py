@@ -21,7 +21,7 @@ LOGIT_ROWS = TensorSpec("logit_rows", "int64", ("rows",))
 
 
 def _lower_for_ort(plan: ModelPlan, g: GraphBuilder) -> Lowering:
-    return OrtLowering(g, plan.architecture, plan.stored, plan.experts_per_token, plan.precision)
+    return OrtLowering(g, plan.architecture, plan.stored, plan.experts_per_token)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class ModelPlan:
         architecture: The model's.
         stored: Where each weight lies, in files beside the graphs.
         experts_per_token: k of the seam.
-        precision: Of the experts.
         lower: What the parts of the model become.
         opset: Of the graphs.
     """
@@ -40,7 +39,6 @@ class ModelPlan:
     architecture: Architecture
     stored: Mapping[str, StoredTensor]
     experts_per_token: int
-    precision: str
     lower: Callable[[ModelPlan, GraphBuilder], Lowering] = _lower_for_ort
     opset: int = OPSET
 

@@ -90,7 +90,6 @@ class StdModel:
             architecture=_architecture(bundle),
             stored=stored_weights(bundle),
             experts_per_token=bundle.manifest.experts_per_token,
-            precision=bundle.manifest.precision,
             lower=lower,
             opset=OPSETS[options.operators],
         )

@@ -8,7 +8,7 @@ split and the fused layout compute the same operations in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +32,6 @@ class OrtLowering:
         architecture: The model's.
         stored: Where each weight lies, by its name in `ort_weights`.
         experts_per_token: k of the seam.
-        precision: Of the experts; a key of `EXPERTS`.
     """
 
     def __init__(
@@ -41,13 +40,11 @@ class OrtLowering:
         architecture: Architecture,
         stored: Mapping[str, StoredTensor],
         experts_per_token: int,
-        precision: str,
     ) -> None:
         self._g = g
         self._a = architecture
         self._stored = stored
         self._k = experts_per_token
-        self._experts = EXPERTS[precision]
 
     @property
     def step_inputs(self) -> tuple[TensorSpec, ...]:
@@ -115,7 +112,7 @@ class OrtLowering:
     ) -> ir.Value:
         """The weighted sum of the chosen experts, and the shared one: like hidden, [B, S, D]."""
         g, rows = self._g, stream.router_input
-        mixed = self._experts(self, rows, expert_ids, expert_weights, layer)
+        mixed = self.moe(rows, expert_ids, expert_weights, layer)
         if self._a.shared_width is not None:
             shared = self._gated(rows, layer, "shared", self._a.shared_width)
             share = g.op("Sigmoid", self._linear(rows, layer_name(layer, "shared_router")))
@@ -148,17 +145,8 @@ class OrtLowering:
         The node selects by itself, from logits. Given log(w), and -inf for the experts not chosen,
         its softmax returns w / Σw and its selection the experts given; the sum is multiplied back.
         """
-        g, a = self._g, self._a
-        experts = g.constant([a.shape.num_experts], np.int64)
-        tokens = g.op("Shape", router_input, start=0, end=1)
-        empty = g.op(
-            "ConstantOfShape",
-            g.op("Concat", tokens, experts, axis=0),
-            value=ir.Tensor(np.zeros(1, np.float32)),
-        )
-        # Added, so that an id that is there twice (as padding of weight 0) does no harm.
-        ids = g.op("Cast", expert_ids, to=int(ir.DataType.INT64))
-        dense = g.op("ScatterElements", empty, ids, expert_weights, axis=1, reduction="add")
+        g = self._g
+        dense = self._dense_weights(router_input, expert_ids, expert_weights)
         total = g.op("ReduceSum", expert_weights, g.ints(1), keepdims=1)
         # A token whose weights are all 0 would be all -inf, and its softmax NaN.
         some = g.op("Greater", total, g.constant(0.0, np.float32))
@@ -171,6 +159,22 @@ class OrtLowering:
             activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=1,
         )  # fmt: skip
         return g.op("Mul", mixed, total)
+
+    def _dense_weights(
+        self, router_input: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value
+    ) -> ir.Value:
+        """Ids and weights [T, k] as weights of all experts [T, E], 0 for those not chosen."""
+        g = self._g
+        experts = g.constant([self._a.shape.num_experts], np.int64)
+        tokens = g.op("Shape", router_input, start=0, end=1)
+        empty = g.op(
+            "ConstantOfShape",
+            g.op("Concat", tokens, experts, axis=0),
+            value=ir.Tensor(np.zeros(1, np.float32)),
+        )
+        # Added, so that an id that is there twice (as padding of weight 0) does no harm.
+        ids = g.op("Cast", expert_ids, to=int(ir.DataType.INT64))
+        return g.op("ScatterElements", empty, ids, expert_weights, axis=1, reduction="add")
 
     def _query_key_value(self, normed: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
         """normed [B, S, D] → query [B, S, Q], key and value [B, S, KV]."""
@@ -230,9 +234,3 @@ class OrtLowering:
             count=4, domain=CONTRIB, epsilon=self._a.norm_epsilon,
         )  # fmt: skip
         return outputs[0], outputs[3]
-
-
-Experts = Callable[[OrtLowering, ir.Value, ir.Value, ir.Value, int], ir.Value]
-
-# The seam for other precisions: weights laid out otherwise, and another node to read them.
-EXPERTS: dict[str, Experts] = {"fp32": OrtLowering.moe}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from knnmoe.export.architecture import Architecture
@@ -41,11 +40,9 @@ class QuantizedOrtLowering(OrtLowering):
         experts_per_token: int,
         quantization: Quantization | None,
     ) -> None:
-        super().__init__(g, architecture, stored, experts_per_token, "fp32")
+        super().__init__(g, architecture, stored, experts_per_token)
         self._cast: dict[str, ir.Value] = {}
         self._quantization = quantization
-        if quantization is not None:
-            self._experts = lambda _, *arguments: self.quantized_moe(*arguments)
 
     def weight(self, name: str) -> ir.Value:
         """A weight as fp32, however it is stored."""
@@ -61,7 +58,7 @@ class QuantizedOrtLowering(OrtLowering):
         rows = self._g.op("Gather", super().weight(EMBEDDING), input_ids, axis=0)
         return self._g.cast(rows, "float32")
 
-    def quantized_moe(
+    def moe(
         self, router_input: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
     ) -> ir.Value:
         """Experts in blocks through com.microsoft.QMoE, forced to the given ids and weights.
@@ -69,20 +66,12 @@ class QuantizedOrtLowering(OrtLowering):
         The node takes the k largest of its second input, and as their weights what its last input
         says of them: both are the dense weights [T, E], in which all other experts are 0.
         """
-        g, a, found = self._g, self._a, self._quantization
-        assert found is not None
-        experts = g.constant([a.shape.num_experts], np.int64)
-        tokens = g.op("Shape", router_input, start=0, end=1)
-        empty = g.op(
-            "ConstantOfShape",
-            g.op("Concat", tokens, experts, axis=0),
-            value=ir.Tensor(np.zeros(1, np.float32)),
-        )
-        # Added, so that an id that is there twice (as padding of weight 0) does no harm.
-        ids = g.cast(expert_ids, "int64")
-        dense = g.op("ScatterElements", empty, ids, expert_weights, axis=1, reduction="add")
+        found = self._quantization
+        if found is None:
+            return super().moe(router_input, expert_ids, expert_weights, layer)
+        dense = self._dense_weights(router_input, expert_ids, expert_weights)
         up, down = layer_name(layer, "gate_up"), layer_name(layer, "down")
-        return g.op(
+        return self._g.op(
             "QMoE", router_input, dense,
             self.weight(up + CODES), self.weight(up + SCALES), None,
             self.weight(down + CODES), self.weight(down + SCALES), None,

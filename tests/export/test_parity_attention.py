@@ -142,7 +142,7 @@ class Small:
 
             lowered = {"lower": lower, "opset": OPSETS[options.operators]}
         stored = self.weights.stored
-        return segment_graph(ModelPlan(self.architecture, stored, 2, "fp32", **lowered), 0)
+        return segment_graph(ModelPlan(self.architecture, stored, 2, **lowered), 0)
 
     def session(self, g: GraphBuilder) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
