@@ -64,7 +64,7 @@ def primitive_attention(
     """
     g, group, window = ops.g, _group(ops), rule.window
     scaled = g.op("Mul", _rotated(ops, heads.query, past_lengths), ops.number(_scale(ops)))
-    query = ops.narrow(_grouped(ops, scaled))
+    query = ops.narrow(_grouped(ops, scaled, heads.query))
     rotated = _rotated(ops, heads.key, past_lengths)
     key, value = (ops.narrow(_finite(ops, _by_head(ops, part))) for part in (rotated, heads.value))
     seen_past = ops.once(
@@ -118,7 +118,7 @@ def modern_attention(
     if rule.sinks is not None:
         scaled = g.op("Mul", _by_head(ops, query), ops.number(_scale(ops)))
         rows = ops.once(f"seen by group in {window}", lambda: _by_group(ops, seen))
-        scores = _scores(ops, ops.narrow(_grouped(ops, scaled)), keys, rows)
+        scores = _scores(ops, ops.narrow(_grouped(ops, scaled, heads.query)), keys, rows)
         weights = ops.narrow(_shares(ops, scores, rule.sinks))
         attended = ops.widen(g.op("MatMul", weights, values))
         return _ungrouped(ops, attended, key, heads.query), (keys, values)
@@ -143,10 +143,10 @@ def _group(ops: StdOps) -> int:
     return ops.a.shape.num_heads // ops.a.shape.num_kv_heads
 
 
-def _grouped(ops: StdOps, query: ir.Value) -> ir.Value:
-    """[B, S, heads, head size] → [B, KV heads, S · group, head size]."""
+def _grouped(ops: StdOps, query: ir.Value, like: ir.Value) -> ir.Value:
+    """[B, S, heads, head size], the shape of `like` → [B, KV heads, S · group, head size]."""
     g, shape = ops.g, ops.a.shape
-    batch = g.op("Shape", query, start=0, end=2)
+    batch = g.op("Shape", like, start=0, end=2)
     grouped = g.op(
         "Concat", batch, g.ints(shape.num_kv_heads, _group(ops), shape.head_size), axis=0
     )
