@@ -74,7 +74,11 @@ class KnnMoe(Contender):
         self.model = Model.load(bundle, threads=threads, gate=gate)
         if entries:
             with tempfile.TemporaryDirectory() as folder:
-                self.model.swap_memory(random_pack(Path(folder) / "pack", self.model, entries))
+                pack = str(Path(folder) / "pack")
+                # By another process, whose memory is not this one's.
+                command = [sys.executable, str(SELF), "--pack", bundle, str(entries), pack]
+                subprocess.run(command, check=True)
+                self.model.swap_memory(pack)
         self.cache = self.model.pipeline.new_cache(1, CAPACITY)
         self.ids = np.array([prompt(self.model.pipeline.vocab_size)])
         self.token = np.zeros((1, 1), np.int64)
@@ -89,25 +93,26 @@ class KnnMoe(Contender):
         self.model.pipeline.step(self.cache, self.token)
 
 
-def random_pack(path: Path, model: Any, entries: int) -> Any:
-    """A memory of random entries for every gate."""
+def random_pack(bundle: str, entries: str, path: str) -> None:
+    """Write a memory of random entries for every gate."""
     import numpy as np
 
     from knnmoe.runtime.calibration import preset
     from knnmoe.runtime.memory import GateEntries, write_pack
+    from knnmoe.runtime.model import Model
 
-    identity = model.identity
+    identity = Model.load(bundle, threads=1).identity
     random = np.random.default_rng(SEED)
 
     def rows(width: int) -> Any:
-        return random.standard_normal((entries, width), dtype=np.float32)
+        return random.standard_normal((int(entries), width), dtype=np.float32)
 
     gates = {}
     for gate in range(identity.num_gates):
         keys = rows(identity.hidden_size)
         values = rows(identity.num_experts), rows(identity.num_experts)
         gates[gate] = GateEntries(keys, *values, keys.mean(axis=0))
-    return write_pack(
+    write_pack(
         path, model=identity, gates=gates, variant="residual", neighbors=8, similarity="cosine",
         calibration=preset("residual"), origins=None, provenance={"made": "at random"},
     )  # fmt: skip
@@ -558,6 +563,8 @@ def environment(bundle: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], json.loads(sys.argv[3]))
+    elif sys.argv[1:2] == ["--pack"]:
+        random_pack(*sys.argv[2:5])
     elif sys.argv[1:2] == ["--convert"]:
         convert_to_gguf(*sys.argv[2:4])
     else:
