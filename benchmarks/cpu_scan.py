@@ -11,10 +11,8 @@ router inputs of a real model is in benchmarks/two_stage.py.
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,12 +20,11 @@ from typing import Any
 import click
 import numpy as np
 import onnx_ir
-import onnxruntime
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from versions import environment
 
-from knnmoe import __version__
 from knnmoe.export.gate_graphs import GateShape, gate_functions, gate_graph
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration
@@ -272,17 +269,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['build_seconds']:.2f}",
         )
     return shown
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "knnmoe": __version__,
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "date": date.today().isoformat(),
-    }
 
 
 def _numbers(text: str) -> list[int]:

@@ -18,26 +18,23 @@ steps of N layers of OLMoE-1B-7B's shape with random weights as well (some GB of
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
 import ml_dtypes
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
+from versions import environment
 
-from knnmoe import __version__
 from knnmoe.export.exporter import ExportReport, export
 from knnmoe.export.storage import QuantizeOptions
 from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
@@ -368,17 +365,6 @@ def wide_checkpoint(path: Path, layers: int) -> Path:
         shard(layer + 1, tensors)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return path
-
-
-def environment() -> dict[str, str]:
-    return {
-        "knnmoe": __version__,
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "date": date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

@@ -12,20 +12,17 @@ text has chosen nothing. The control keeps everything and gives each entry anoth
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import onnxruntime
 from rich.console import Console
 from rich.table import Table
+from versions import environment
 
-from knnmoe import __version__
 from knnmoe.runtime.calibration import Variant, preset
 from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
 from knnmoe.runtime.memory import MemoryPack, write_pack
@@ -140,17 +137,6 @@ def delta(frozen: Scores, memory: Scores) -> dict[str, float]:
 
 def shown(found: dict[str, float]) -> str:
     return "{delta:+.4f} [{delta_low:+.4f}, {delta_high:+.4f}]".format(**found)
-
-
-def environment() -> dict[str, str]:
-    return {
-        "knnmoe": __version__,
-        "onnxruntime": onnxruntime.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "date": date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from knnmoe.trt_plugins import library
 from ..graph import KNNMOE
 from ..std import StdGraph, StdModel, StdOptions
 from .process import Progress, run_worker
-from .settings import BuildSettings, Range, dimension_ranges, profile
+from .settings import BuildSettings, Range, dimension_ranges, profile, without_gate
 
 _KEY_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
@@ -332,7 +332,7 @@ def _fitted(graph: StdGraph, settings: BuildSettings, *, with_plugin: bool) -> S
     inputs = {value.name: value for value in model.graph.input}
     gone = set()
     for name, value in inputs.items():
-        stem = name.rstrip("0123456789").rstrip("_")
+        stem = without_gate(name)
         if with_plugin and stem == "keys":
             value.type.tensor_type.elem_type = _KEY_TYPES[settings.keys]
         elif not with_plugin and stem == "k" and _fixes_k(settings):

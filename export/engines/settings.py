@@ -194,4 +194,9 @@ def profile(
 
 def _range(name: str, ranges: Mapping[str, Range]) -> Range:
     """Memories of several gates have dimensions of their own: `entries_3` is as `entries`."""
-    return ranges[name] if name in ranges else ranges[name.rstrip("0123456789").rstrip("_")]
+    return ranges[name] if name in ranges else ranges[without_gate(name)]
+
+
+def without_gate(name: str) -> str:
+    """A name without the `_{gate}` that the fused graph adds."""
+    return name.rstrip("0123456789").rstrip("_")

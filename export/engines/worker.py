@@ -2,7 +2,7 @@
 
 TensorRT's builder ends the process where it meets what it does not expect, and takes all the memory
 there is; neither should happen to the caller. JOBS is a JSON file; on standard output goes one JSON
-object a line: {"event": "version" | "progress" | "built" | "failed", …}.
+object a line: {"event": "progress" | "built" | "failed", …}.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def main(path: str) -> int:
     task = json.loads(Path(path).read_text())
     try:
         tensorrt = load_tensorrt(task["backend"])
-        plugins = library.load(tensorrt.module, Path(task["plugin"])) if task["plugin"] else None
+        if task["plugin"]:
+            library.load(tensorrt.module, Path(task["plugin"]))
     except KnnMoeError as error:
         _say("failed", name="", error=error.to_json())
         return 1
-    _say("version", version=tensorrt.version, plugin=plugins is not None)
     messages = Messages(tensorrt)
     for job in task["jobs"]:
         started = time.perf_counter()

@@ -1,31 +1,18 @@
 """OLMoE: query and key norms over the full width, optional clipping, softmax routing."""
 
-from knnmoe.export.architecture import ConfigNames, Family, TensorNames
+from dataclasses import replace
 
-_LAYER = "model.layers.{layer}"
-_ATTENTION = f"{_LAYER}.self_attn"
-_EXPERT = f"{_LAYER}.mlp.experts.{{expert}}"
+from knnmoe.export.architecture import ConfigNames, Family
+
+from .names import ATTENTION, COMMON
 
 OLMOE = Family(
     name="olmoe",
     model_type="olmoe",
-    tensors=TensorNames(
-        embedding="model.embed_tokens.weight",
-        input_norm=f"{_LAYER}.input_layernorm.weight",
-        query=f"{_ATTENTION}.q_proj.weight",
-        key=f"{_ATTENTION}.k_proj.weight",
-        value=f"{_ATTENTION}.v_proj.weight",
-        output=f"{_ATTENTION}.o_proj.weight",
-        query_norm=f"{_ATTENTION}.q_norm.weight",
-        key_norm=f"{_ATTENTION}.k_norm.weight",
-        router_norm=f"{_LAYER}.post_attention_layernorm.weight",
-        router=f"{_LAYER}.mlp.gate.weight",
-        expert_gate=f"{_EXPERT}.gate_proj.weight",
-        expert_up=f"{_EXPERT}.up_proj.weight",
-        expert_down=f"{_EXPERT}.down_proj.weight",
-        final_norm="model.norm.weight",
-        head="lm_head.weight",
-        ignored=("rotary_emb.inv_freq",),
+    tensors=replace(
+        COMMON,
+        query_norm=f"{ATTENTION}.q_norm.weight",
+        key_norm=f"{ATTENTION}.k_norm.weight",
     ),
     config=ConfigNames(clip_qkv="clip_qkv"),
     # What transformers' OlmoeConfig assumes where the file says nothing.

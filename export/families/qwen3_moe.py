@@ -1,38 +1,25 @@
 """Qwen3-MoE: norms over each query and key head, dense layers among those with experts."""
 
-from knnmoe.export.architecture import ConfigNames, Family, TensorNames
+from dataclasses import replace
 
-_LAYER = "model.layers.{layer}"
-_ATTENTION = f"{_LAYER}.self_attn"
-_EXPERT = f"{_LAYER}.mlp.experts.{{expert}}"
+from knnmoe.export.architecture import ConfigNames, Family
+
+from .names import ATTENTION, COMMON, LAYER
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
     model_type="qwen3_moe",
-    tensors=TensorNames(
-        embedding="model.embed_tokens.weight",
-        input_norm=f"{_LAYER}.input_layernorm.weight",
-        query=f"{_ATTENTION}.q_proj.weight",
-        key=f"{_ATTENTION}.k_proj.weight",
-        value=f"{_ATTENTION}.v_proj.weight",
-        output=f"{_ATTENTION}.o_proj.weight",
-        query_bias=f"{_ATTENTION}.q_proj.bias",
-        key_bias=f"{_ATTENTION}.k_proj.bias",
-        value_bias=f"{_ATTENTION}.v_proj.bias",
-        output_bias=f"{_ATTENTION}.o_proj.bias",
-        query_norm=f"{_ATTENTION}.q_norm.weight",
-        key_norm=f"{_ATTENTION}.k_norm.weight",
-        router_norm=f"{_LAYER}.post_attention_layernorm.weight",
-        router=f"{_LAYER}.mlp.gate.weight",
-        expert_gate=f"{_EXPERT}.gate_proj.weight",
-        expert_up=f"{_EXPERT}.up_proj.weight",
-        expert_down=f"{_EXPERT}.down_proj.weight",
-        dense_gate=f"{_LAYER}.mlp.gate_proj.weight",
-        dense_up=f"{_LAYER}.mlp.up_proj.weight",
-        dense_down=f"{_LAYER}.mlp.down_proj.weight",
-        final_norm="model.norm.weight",
-        head="lm_head.weight",
-        ignored=("rotary_emb.inv_freq",),
+    tensors=replace(
+        COMMON,
+        query_bias=f"{ATTENTION}.q_proj.bias",
+        key_bias=f"{ATTENTION}.k_proj.bias",
+        value_bias=f"{ATTENTION}.v_proj.bias",
+        output_bias=f"{ATTENTION}.o_proj.bias",
+        query_norm=f"{ATTENTION}.q_norm.weight",
+        key_norm=f"{ATTENTION}.k_norm.weight",
+        dense_gate=f"{LAYER}.mlp.gate_proj.weight",
+        dense_up=f"{LAYER}.mlp.up_proj.weight",
+        dense_down=f"{LAYER}.mlp.down_proj.weight",
     ),
     head_norms=True,
     free_head_size=True,
