@@ -56,6 +56,7 @@ class TensorNames:
     shared_down: str | None = None
     shared_router: str | None = None  # [1, D]: how much of it, as a logit
     selection_bias: str | None = None  # [E]: the routing rule selects by score plus this
+    further: str | None = None  # only in layers behind the last, which predict more tokens
     ignored: tuple[str, ...] = ()  # names that old checkpoints carry and nobody needs
 
 
@@ -74,6 +75,8 @@ class ConfigNames:
     expert_width: str = "intermediate_size"
     dense_width: str | None = None
     shared_width: str | None = None
+    shared_count: str | None = None  # of shared experts, as wide as the others and fused into one
+    first_dense: str | None = None  # how many layers are without experts at the beginning
     dense_layers: str | None = None  # a list of layers without experts
     sparse_step: str | None = None  # every so many layers one has experts
     top_k: str = "num_experts_per_tok"
@@ -81,14 +84,18 @@ class ConfigNames:
     routing_scale: str | None = None
     groups: str | None = None  # of experts; null in the config is one
     top_groups: str | None = None
+    method: str | None = None  # the name of a way to select; see `Family.methods`
     norm_epsilon: str = "rms_norm_eps"
     clip_qkv: str | None = None
     activation: str = "hidden_act"
+    head_norms: str | None = None  # a flag without which query and key have no norms
     attention_bias: str | None = "attention_bias"
     tied_head: str = "tie_word_embeddings"
     window: str | None = None
     window_switch: str | None = None  # a flag without which the window is not used
     window_end: str | None = None  # of the layers before it every other one has a window
+    rotated_share: str | None = None  # of a head: the rest of it knows no position
+    further_layers: str | None = None  # how many follow that predict more tokens; left out
     layer_kinds: str | None = None  # a list of `SLIDING` and `FULL`; other layers are refused
 
 
@@ -107,12 +114,15 @@ class Family:
         group_score: What its groups of experts are ranked by.
         renormalize: Whether the selected experts' weights are divided by their sum, where no entry
             of the config says so.
+        methods: Ways to select experts by the config's word for them, and whether they mind the
+            groups; others are refused.
         activation: Of its experts: act(gate) · up.
         head_norms: Whether the norms of query and key are over each head, not over all of them.
         free_head_size: Whether the config may state a head size that is not D over the heads.
         config: Names of the entries of its config.
         aliases: Entries by another name: (name in some configs, name in `config`).
         defaults: What an entry is where the config leaves it out.
+        fixed: Entries that hold this wherever they are; what else they ask for is not supported.
         rope_theta: Base of the rotary embedding where the config leaves it out.
     """
 
@@ -122,12 +132,14 @@ class Family:
     score: str = "softmax"
     group_score: str = "max"
     renormalize: bool = False
+    methods: tuple[tuple[str, bool], ...] = ()
     activation: str = "silu"
     head_norms: bool = False
     free_head_size: bool = False
     config: ConfigNames = field(default_factory=ConfigNames)
     aliases: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    fixed: tuple[tuple[str, Any], ...] = ()
     rope_theta: float = 10000.0
 
 
@@ -156,6 +168,9 @@ class Architecture:
     dense_width: int | None  # of the layers without experts
     shared_width: int | None  # of the expert that every token goes through
     attention_bias: bool
+    head_norms: bool  # whether query and key have norms
+    rotary_size: int  # numbers of a head that the rotary embedding turns, the first ones
+    further_layers: int  # of the checkpoint, behind the last one: they predict more tokens
     norm_epsilon: float
     rope: Rope
     clip_qkv: float | None
@@ -180,6 +195,11 @@ class Architecture:
     def output_bias(self) -> bool:
         """Whether the linear map after attention has a bias."""
         return self.attention_bias and self.family.tensors.output_bias is not None
+
+    @property
+    def shared_router(self) -> bool:
+        """Whether a router of its own says how much of the shared expert is added."""
+        return self.family.tensors.shared_router is not None
 
     def segment_layers(self, segment: int) -> range:
         """The layers whose attention a segment holds: behind one gate, up to the next."""
@@ -224,6 +244,11 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
     if heads % kv_heads:
         raise config.wrong(names.num_kv_heads, "does not divide the heads", f"a divisor of {heads}")
     config.must_be(names.activation, family.activation)
+    for entry, value in family.fixed:
+        if config.raw(entry) is not None:
+            config.must_be(entry, value)
+    expert_width = config.count(names.expert_width)
+    rope = read_rope(config, family.rope_theta, names.max_positions, names.rotated_share)
     return Architecture(
         family=family,
         shape=ModelShape(
@@ -239,14 +264,21 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         ),
         routing=_routing(config, family, experts),
         layers=layers,
-        expert_width=config.count(names.expert_width),
+        expert_width=expert_width,
         dense_width=(
             config.count(names.dense_width) if names.dense_width and gates < len(layers) else None
         ),
-        shared_width=config.count(names.shared_width) if names.shared_width else None,
+        shared_width=_shared_width(config, names, expert_width),
         attention_bias=_attention_bias(config, family),
+        head_norms=(
+            config.flag(names.head_norms)
+            if names.head_norms
+            else family.tensors.query_norm is not None
+        ),
+        rotary_size=_rotary_size(config, family, head_size, rope),
+        further_layers=config.natural(names.further_layers) if names.further_layers else 0,
         norm_epsilon=config.positive(names.norm_epsilon),
-        rope=read_rope(config, family.rope_theta, names.max_positions),
+        rope=rope,
         clip_qkv=_clip(config, names.clip_qkv),
         tied_head=config.flag(names.tied_head),
     )
@@ -257,8 +289,10 @@ def _routing(config: Config, family: Family, experts: int) -> RoutingRule:
     top_k = config.count(names.top_k)
     if top_k > experts:
         raise config.wrong(names.top_k, "is more than there are experts", f"at most {experts}")
+    grouped = names.method is None or _method(config, family, names.method)
     groups, top_groups = (
-        config.count(name, default=1) if name else 1 for name in (names.groups, names.top_groups)
+        config.count(name, default=1) if name and grouped else 1
+        for name in (names.groups, names.top_groups)
     )
     try:
         rule = RoutingRule(
@@ -285,6 +319,20 @@ def _routing(config: Config, family: Family, experts: int) -> RoutingRule:
     return rule
 
 
+def _method(config: Config, family: Family, name: str) -> bool:
+    """Whether experts are selected by groups."""
+    found, known = config.raw(name), dict(family.methods)
+    if not isinstance(found, str) or found not in known:
+        raise config.wrong(name, "is not supported", " or ".join(known))
+    return known[found]
+
+
+def _shared_width(config: Config, names: ConfigNames, expert_width: int) -> int | None:
+    if names.shared_count is not None:
+        return config.count(names.shared_count) * expert_width
+    return config.count(names.shared_width) if names.shared_width else None
+
+
 def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int, ...]]:
     """The tensors of one layer by their names, with their shapes; without those of its experts."""
     names, hidden = architecture.family.tensors, architecture.shape.hidden_size
@@ -297,11 +345,11 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
         names.key: (kv, hidden),
         names.value: (kv, hidden),
         names.output: (hidden, query),
-        names.query_norm: (normed[0],),
-        names.key_norm: (normed[1],),
         names.sinks: (architecture.shape.num_heads,),
         names.router_norm: (hidden,),
     }
+    if architecture.head_norms:
+        found |= {names.query_norm: (normed[0],), names.key_norm: (normed[1],)}
     if architecture.attention_bias:
         found |= {names.query_bias: (query,), names.key_bias: (kv,), names.value_bias: (kv,)}
         found |= {names.output_bias: (hidden,)}
@@ -361,15 +409,28 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 found=entry.dtype,
                 fix="Convert the checkpoint to float32, float16 or bfloat16.",
             )
-    ignored = architecture.family.tensors.ignored
+    names, further = architecture.family.tensors, set(further_tensors(checkpoint, architecture))
     for name in checkpoint.tensors:
-        tied = architecture.tied_head and name == architecture.family.tensors.head
-        if name not in expected and not tied and not name.endswith(ignored):
+        tied = architecture.tied_head and name == names.head
+        known = name in expected or name in further or tied or name.endswith(names.ignored)
+        if not known:
             raise CheckpointError(
                 f"{checkpoint.path}: {name}",
                 f"is not a tensor of the family {architecture.family.name}",
                 fix=NOT_DESCRIBED,
             )
+
+
+def further_tensors(checkpoint: Checkpoint, architecture: Architecture) -> tuple[str, ...]:
+    """Those of layers behind the last one, which predict more tokens and are left out."""
+    mark, count = architecture.family.tensors.further, architecture.shape.num_layers
+    if mark is None:
+        return ()
+    layers = range(count, count + architecture.further_layers)
+    # A layer like the others is none of them, whatever the config says of their number.
+    found = [layer for layer in layers if mark.format(layer=layer) in checkpoint.tensors]
+    prefixes = tuple(f"{mark.partition('{layer}')[0]}{layer}." for layer in found)
+    return tuple(name for name in checkpoint.tensors if name.startswith(prefixes))
 
 
 def _clip(config: Config, name: str | None) -> float | None:
@@ -397,6 +458,18 @@ def _head_size(config: Config, family: Family, hidden: int, heads: int) -> int:
     return head_size
 
 
+def _rotary_size(config: Config, family: Family, head_size: int, rope: Rope) -> int:
+    """How much of a head is turned."""
+    size = int(head_size * rope.share)
+    if family.config.rotated_share is not None and (size % HEAD_SIZE_MULTIPLE or not size):
+        raise config.wrong(
+            family.config.rotated_share,
+            f"turns {size} of the {head_size} numbers of a head",
+            f"a share that makes a multiple of {HEAD_SIZE_MULTIPLE}",
+        )
+    return size
+
+
 def _attention_bias(config: Config, family: Family) -> bool:
     name = family.config.attention_bias
     if name is None:
@@ -413,6 +486,8 @@ def _layers(config: Config, names: ConfigNames) -> tuple[Layer, ...]:
     if count > MAX_GATES:
         raise config.wrong(names.num_layers, "is too large", f"at most {MAX_GATES}")
     dense = set(config.counts(names.dense_layers)) if names.dense_layers else set()
+    if names.first_dense is not None:
+        dense |= set(range(config.natural(names.first_dense)))
     step = config.count(names.sparse_step) if names.sparse_step else 1
     windows = _windows(config, names, count)
     layers: list[Layer] = []
@@ -422,7 +497,7 @@ def _layers(config: Config, names: ConfigNames) -> tuple[Layer, ...]:
         layers.append(Layer(gates if sparse else None, window))
         gates += sparse
     if not gates:
-        name = names.dense_layers if dense else names.sparse_step
+        name = (names.first_dense or names.dense_layers) if dense else names.sparse_step
         raise config.wrong(name or names.num_layers, "leaves no layer with experts", "at least one")
     return tuple(layers)
 

@@ -162,6 +162,8 @@ def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:
         figures["quantization"] = asdict(report.storage.quantization)
     if report.errors:
         figures["weight_errors"] = [asdict(error) for error in report.errors]
+    if report.left_out:
+        figures["tensors_left_out"] = len(report.left_out)
     if check is not None:
         figures |= {
             "max_abs_error": check.max_abs_error,

@@ -63,6 +63,15 @@ class Config:
             raise self.wrong(name, "malformed", "a positive whole number")
         return found
 
+    def natural(self, name: str) -> int:
+        """A whole number from 0; 0 where the entry is null or absent."""
+        found = self.raw(name)
+        if found is None:
+            return 0
+        if type(found) is not int or not 0 <= found < 1 << 31:
+            raise self.wrong(name, "malformed", "a whole number")
+        return found
+
     def inside(self, name: str) -> Config:
         """Access to an object that is an entry."""
         return Config(self.raw(name), f"{self.where}: {name}")

@@ -34,7 +34,7 @@ from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError, OutputError, SettingError
 from knnmoe.runtime.selection_bias import TENSOR
 
-from .architecture import Architecture, describe
+from .architecture import Architecture, describe, further_tensors
 from .families import family_of
 from .gate_graphs import gate_functions, gate_graph
 from .graph import GraphBuilder, save
@@ -69,6 +69,7 @@ class ExportReport:
         files: Every file with its size, in the order of the manifest.
         seconds: How long it took, without the check.
         storage: In what form the weights are.
+        left_out: Tensors of layers that predict more tokens; the bundle has none of them.
     """
 
     bundle: Path
@@ -78,6 +79,7 @@ class ExportReport:
     files: Mapping[str, FileSpec]
     seconds: float
     storage: Storage
+    left_out: tuple[str, ...] = ()
 
     @property
     def errors(self) -> tuple[TensorError, ...]:
@@ -102,6 +104,7 @@ class ExportPlan:
         weights: Their files, one a segment.
         biases: The file of the gates' selection biases, if they have any.
         copies: Small files that go into the bundle as they are.
+        left_out: Tensors of layers that predict more tokens, which no bundle has.
     """
 
     source: Checkpoint
@@ -111,6 +114,7 @@ class ExportPlan:
     weights: tuple[PlannedFile, ...]
     biases: tuple[PlannedFile, ...]
     copies: Mapping[str, bytes]
+    left_out: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -150,6 +154,7 @@ def plan_export(
         weights=tuple(plan_file(name, storage.of(tensors)) for name, tensors in planned.items()),
         biases=tuple(_plan_selection_biases(architecture, source)),
         copies=_copied_files(source),
+        left_out=further_tensors(source, architecture),
     )
 
 
@@ -263,6 +268,7 @@ def export(
         files=files,
         seconds=seconds,
         storage=storage,
+        left_out=planned.left_out,
     )
 
 

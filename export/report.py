@@ -48,6 +48,8 @@ def print_report(report: ExportReport, check: VerifyReport | None) -> None:
         f"{report.gates} gates, {report.segments} segments, layouts: {layouts}; "
         f"{readable_size(report.total_bytes)} in {report.seconds:.1f} s"
     )
+    if report.left_out:
+        console.print(_left_out(report.left_out))
     if check is not None:
         ties = f", {check.ties} positions left out as ties" if check.ties else ""
         stored = "" if report.storage.precision == "fp32" else " over the weights as stored"
@@ -60,6 +62,13 @@ def print_report(report: ExportReport, check: VerifyReport | None) -> None:
                 "rounding activations to 8 bits changes router logits and logits by "
                 f"{check.activations:.1%} (relative RMS, with the same experts)"
             )
+
+
+def _left_out(tensors: tuple[str, ...]) -> str:
+    return (
+        f"left out: {len(tensors)} tensors of layers behind the last one, which predict more "
+        "tokens than the next"
+    )
 
 
 def _errors(report: ExportReport) -> Table:
@@ -96,6 +105,7 @@ def fit_json(plan: ExportPlan, context: int | None, entries: int) -> dict[str, A
         "precision": plan.storage.precision,
         "context": tokens,
         "entries": entries,
+        "tensors_left_out": len(plan.left_out),
         "bytes": {**asdict(needed), "total": needed.total},
         "devices": [asdict(fit) | {"fits": fit.fits} for fit in fits(needed)],
     }
@@ -110,6 +120,8 @@ def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
         f"{plan.architecture.family.name}: {shape.num_layers} layers, {shape.num_gates} gates of "
         f"{shape.num_experts} experts, {plan.storage.precision}; nothing was written"
     )
+    if plan.left_out:
+        console.print(_left_out(plan.left_out))
     parts = Table(box=None, pad_edge=False, show_header=False)
     parts.add_column()
     parts.add_column(justify="right")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +47,12 @@ class Rope:
     Attributes:
         theta: The base.
         yarn: What stretches its context, or None.
+        share: Of a head that is turned, its first numbers.
     """
 
     theta: float
     yarn: Yarn | None = None
+    share: float = 1.0
 
     @property
     def magnitude(self) -> float:
@@ -88,7 +91,9 @@ class Rope:
         return ramp
 
 
-def read_rope(config: Config, default_theta: float, max_positions: str) -> Rope:
+def read_rope(
+    config: Config, default_theta: float, max_positions: str, share: str | None = None
+) -> Rope:
     """The rotary embedding, in the old form of config or the new.
 
     Old: `rope_theta`, `rope_scaling`; new: `rope_parameters` with both.
@@ -97,6 +102,8 @@ def read_rope(config: Config, default_theta: float, max_positions: str) -> Rope:
         config: Of the checkpoint.
         default_theta: The base where the config leaves it out.
         max_positions: Name of the entry that holds the longest context.
+        share: Name of the entry that says how much of a head is turned, in the new form of config
+            or beside it; None where it must be the whole.
 
     Raises:
         CheckpointError: If an entry is malformed or asks for what is not supported.
@@ -117,15 +124,25 @@ def read_rope(config: Config, default_theta: float, max_positions: str) -> Rope:
             raise config.wrong(
                 name, "asks for a scaling that is not supported", "rope_type default or yarn"
             )
-        if found.get("partial_rotary_factor", 1.0) != 1.0:
+        if share is None and found.get("partial_rotary_factor", 1.0) != 1.0:
             raise config.wrong(name, "rotates only a part of each head", "the whole head")
     parameters = config.raw("rope_parameters") or {}
     theta = parameters.get("rope_theta", config.raw("rope_theta"))
+    part = 1.0 if share is None else _share(config, share, parameters)
     if theta is None:
-        return Rope(default_theta, yarn)
+        return Rope(default_theta, yarn, part)
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < 1e12:
         raise config.wrong("rope_theta", "malformed", "a number above 1")
-    return Rope(float(theta), yarn)
+    return Rope(float(theta), yarn, part)
+
+
+def _share(config: Config, name: str, parameters: dict[str, Any]) -> float:
+    """How much of a head is turned: what the new form says goes first."""
+    inner = config.inside("rope_parameters") if name in parameters else config
+    found = inner.positive(name)
+    if found > 1:
+        raise inner.wrong(name, "out of range", "at most 1")
+    return found
 
 
 def _yarn(config: Config, inside: Config, max_positions: str) -> Yarn:

@@ -51,6 +51,20 @@ _QWEN: dict[str, Any] = {
     "sliding_window": 64,
 }
 
+_DEEPSEEK: dict[str, Any] = {
+    **{
+        name: TINY_CONFIG[name]
+        for name in TINY_CONFIG
+        if name not in ("attention_bias", "clip_qkv", "num_experts")
+    },
+    "intermediate_size": 48,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+
 # Of each family what the others are made of: entries of `config.json`, where `...` removes one.
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": TINY_CONFIG,
@@ -67,6 +81,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": _QWEN | {
         "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
         "shared_expert_intermediate_size": 40, "norm_topk_prob": False, "max_window_layers": 4,
+    },
+    "glm4_moe": _DEEPSEEK | {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe",
+        "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True, "use_qk_norm": True,
+        "partial_rotary_factor": 0.5, "routed_scaling_factor": 1.5, "norm_topk_prob": True,
+        "n_group": 1, "topk_group": 1,
     },
 }  # fmt: skip
 
@@ -123,6 +143,21 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
             "use_sliding_window": True, "sliding_window": 4, "num_experts_per_tok": 3,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention",
                             "full_attention"],
+        },
+    },
+    "glm4_moe": {
+        "plain": {},
+        "no norms, no biases, groups, two shared experts, a layer that predicts more": {
+            "use_qk_norm": False, "attention_bias": False, "n_group": 4, "topk_group": 2,
+            "n_shared_experts": 2, "num_nextn_predict_layers": 1, "norm_topk_prob": False,
+            "first_k_dense_replace": 2, "num_hidden_layers": 4, "dtype": "bfloat16", "shards": 2,
+        },
+        "all experts, whole heads, as transformers 5 writes it": {
+            "first_k_dense_replace": 0, "num_experts_per_tok": 3, "rope_theta": ...,
+            "partial_rotary_factor": ..., "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 1.0,
+            },
         },
     },
 }  # fmt: skip
@@ -211,11 +246,13 @@ def _tensors(
 ) -> dict[str, NDArray[np.generic]]:
     family, hidden = c["model_type"], c["hidden_size"]
     ffn = c.get("moe_intermediate_size", c["intermediate_size"])
-    experts = c.get("num_experts", c.get("num_local_experts"))
+    experts = c.get("num_experts", c.get("num_local_experts", c.get("n_routed_experts")))
+    shared = ffn * c.get("n_shared_experts", 0)
     heads = c["num_attention_heads"]
     head = c.get("head_dim") or hidden // heads
     width, kv_width = heads * head, head * (c["num_key_value_heads"] or heads)
     qkv_bias = c.get("qkv_bias", family == "qwen2_moe") or c.get("attention_bias", False)
+    further = c.get("num_nextn_predict_layers", 0)
     tensors: dict[str, NDArray[np.generic]] = {}
 
     def linear(name: str, out: int, inside: int, gain: float = 1.0, bias: bool = False) -> None:
@@ -241,14 +278,16 @@ def _tensors(
         if family == "olmoe":
             norm(f"{p}.self_attn.q_norm", width)
             norm(f"{p}.self_attn.k_norm", kv_width)
-        if family == "qwen3_moe":
+        if family == "qwen3_moe" or c.get("use_qk_norm"):
             norm(f"{p}.self_attn.q_norm", head)
             norm(f"{p}.self_attn.k_norm", head)
         linear(f"{p}.self_attn.q_proj", width, hidden, bias=qkv_bias)
         linear(f"{p}.self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
         linear(f"{p}.self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
-        linear(f"{p}.self_attn.o_proj", hidden, width, bias=c.get("attention_bias", False))
+        out_bias = c.get("attention_bias", False) and family != "glm4_moe"
+        linear(f"{p}.self_attn.o_proj", hidden, width, bias=out_bias)
         dense = layer in (c.get("mlp_only_layers") or ())
+        dense |= layer < c.get("first_k_dense_replace", 0)
         if dense or (layer + 1) % c.get("decoder_sparse_step", 1):
             mlp(f"{p}.mlp", c["intermediate_size"], gated)
             continue
@@ -260,6 +299,14 @@ def _tensors(
         if family == "qwen2_moe":
             mlp(f"{block}.shared_expert", c["shared_expert_intermediate_size"], gated)
             linear(f"{block}.shared_expert_gate", 1, hidden)
+        if shared:
+            mlp(f"{block}.shared_experts", shared, gated)
+        if family in ("deepseek_v3", "glm4_moe"):
+            bias = rng.normal(0, 0.2, experts).astype(np.float32)
+            tensors[f"{block}.gate.e_score_correction_bias"] = bias
+    for layer in range(c["num_hidden_layers"], c["num_hidden_layers"] + further):
+        linear(f"model.layers.{layer}.eh_proj", hidden, 2 * hidden)
+        norm(f"model.layers.{layer}.enorm", hidden)
     norm("model.norm", hidden)
     if not c["tie_word_embeddings"]:
         linear("lm_head", c["vocab_size"], hidden)

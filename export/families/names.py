@@ -1,5 +1,7 @@
 """What most families call their tensors; a family replaces what it calls otherwise."""
 
+from dataclasses import replace
+
 from knnmoe.export.architecture import TensorNames
 
 LAYER = "model.layers.{layer}"
@@ -22,3 +24,18 @@ COMMON = TensorNames(
     head="lm_head.weight",
     ignored=("rotary_emb.inv_freq",),
 )
+
+_SHARED = f"{LAYER}.mlp.shared_experts"
+# DeepSeek's, and of those that follow it: dense layers, and experts that every token goes through,
+# stored as one.
+DEEPSEEK = replace(
+    COMMON,
+    dense_gate=f"{LAYER}.mlp.gate_proj.weight",
+    dense_up=f"{LAYER}.mlp.up_proj.weight",
+    dense_down=f"{LAYER}.mlp.down_proj.weight",
+    shared_gate=f"{_SHARED}.gate_proj.weight",
+    shared_up=f"{_SHARED}.up_proj.weight",
+    shared_down=f"{_SHARED}.down_proj.weight",
+    further=f"{LAYER}.eh_proj.weight",
+)
+SELECTION_BIAS = f"{LAYER}.mlp.gate.e_score_correction_bias"

@@ -115,8 +115,10 @@ class OrtLowering:
         mixed = self.moe(rows, expert_ids, expert_weights, layer)
         if self._a.shared_width is not None:
             shared = self._gated(rows, layer, "shared", self._a.shared_width)
-            share = g.op("Sigmoid", self._linear(rows, layer_name(layer, "shared_router")))
-            mixed = g.op("Add", mixed, g.op("Mul", share, shared))
+            if self._a.shared_router:
+                share = g.op("Sigmoid", self._linear(rows, layer_name(layer, "shared_router")))
+                shared = g.op("Mul", share, shared)
+            mixed = g.op("Add", mixed, shared)
         return g.op("Reshape", mixed, g.op("Shape", stream.hidden))
 
     def dense(self, stream: Stream, layer: int) -> ir.Value:
@@ -184,7 +186,7 @@ class OrtLowering:
         if a.attention_bias:
             packed = g.op("Add", packed, self.weight(layer_name(layer, "qkv_bias")))
         query, key, value = g.ops("Split", packed, g.ints(*widths), count=3, axis=1)
-        if a.family.tensors.query_norm is not None:
+        if a.head_norms:
             query = self._norm(self._for_norm(query), layer_name(layer, "query_norm"))
             key = self._norm(self._for_norm(key), layer_name(layer, "key_norm"))
         batch = g.op("Shape", normed, start=0, end=2)

@@ -132,8 +132,8 @@ def _experts(architecture: Architecture, checkpoint: Checkpoint, layer: int) -> 
 
 
 def _rope(architecture: Architecture) -> list[PlannedTensor]:
-    """Cosines and sines [positions, head size / 2], computed as transformers does, in fp32."""
-    size, positions = architecture.shape.head_size, architecture.shape.max_positions
+    """Cosines and sines [positions, rotary size / 2], computed as transformers does, in fp32."""
+    size, positions = architecture.rotary_size, architecture.shape.max_positions
     frequencies = architecture.rope.frequencies(size)
     magnitude = np.float32(architecture.rope.magnitude)
     rows = 4096

@@ -106,8 +106,10 @@ class StdLowering:
         mixed = self._experts(ops, rows, expert_ids, expert_weights, layer)
         if ops.a.shared_width is not None:
             shared = ops.gated(rows, layer, "shared", ops.a.shared_width)
-            share = ops.g.op("Sigmoid", self._logits_of(rows, layer, "shared_router"))
-            mixed = ops.g.op("Add", mixed, ops.g.op("Mul", share, shared))
+            if ops.a.shared_router:
+                share = ops.g.op("Sigmoid", self._logits_of(rows, layer, "shared_router"))
+                shared = ops.g.op("Mul", share, shared)
+            mixed = ops.g.op("Add", mixed, shared)
         return ops.like(mixed, stream.hidden)
 
     def dense(self, stream: Stream, layer: int) -> ir.Value:
@@ -142,7 +144,7 @@ class StdLowering:
         if a.attention_bias:
             packed = ops.biased(packed, layer_name(layer, "qkv_bias"))
         query, key, value = g.ops("Split", packed, g.ints(*widths), count=3, axis=1)
-        if a.family.tensors.query_norm is not None:
+        if a.head_norms:
             query = ops.norm(self._for_norm(query), layer_name(layer, "query_norm"))
             key = ops.norm(self._for_norm(key), layer_name(layer, "key_norm"))
         batch = g.op("Shape", normed, start=0, end=2)

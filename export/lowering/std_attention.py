@@ -220,30 +220,38 @@ def _positions(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
 
 
 def _rotated(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
-    """The rotary embedding of part [B, S, n, head size]: each head's halves are the two axes."""
-    g, half = ops.g, ops.a.shape.head_size // 2
+    """The rotary embedding of part [B, S, n, head size]: the halves of what is turned of each head
+    are the two axes.
+    """
+    g, half = ops.g, ops.a.rotary_size // 2
     positions = _positions(ops, part, past_lengths)
 
     def turns(table: str) -> ir.Value:
-        """Cosines or sines, [B, S, 1, head size / 2]."""
+        """Cosines or sines, [B, S, 1, rotary size / 2]."""
         rows = g.op("Gather", ops.weight(table), positions, axis=0)
         return g.op("Unsqueeze", rows, g.ints(2))
 
     cos = ops.once("cosines", lambda: turns(ROPE_COS))
     sin = ops.once("sines", lambda: turns(ROPE_SIN))
-    first, second = g.ops("Split", part, g.ints(half, half), count=2, axis=-1)
+    kept = ops.a.shape.head_size - 2 * half
+    sizes = g.ints(half, half, *([kept] if kept else []))
+    first, second, *rest = g.ops("Split", part, sizes, count=3 if kept else 2, axis=-1)
     turned = (
         g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
         g.op("Add", g.op("Mul", first, sin), g.op("Mul", second, cos)),
     )
-    return g.op("Concat", *turned, axis=-1)
+    return g.op("Concat", *turned, *rest, axis=-1)
 
 
 def _rotary_embedding(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
     """The rotary embedding of part [B, S, n, head size], as [B, n, S, head size]."""
     positions = _positions(ops, part, past_lengths)
     tables = (ops.weight(ROPE_COS), ops.weight(ROPE_SIN))
-    return ops.g.op("RotaryEmbedding", _by_head(ops, part), *tables, positions)
+    whole = ops.a.rotary_size == ops.a.shape.head_size
+    return ops.g.op(
+        "RotaryEmbedding", _by_head(ops, part), *tables, positions,
+        rotary_embedding_dim=0 if whole else ops.a.rotary_size,
+    )  # fmt: skip
 
 
 def _scores(ops: StdOps, query: ir.Value, keys: ir.Value, seen: ir.Value) -> ir.Value:

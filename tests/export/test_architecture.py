@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from knnmoe.export.architecture import describe
+from knnmoe.export.architecture import describe, further_tensors
+from knnmoe.export.exporter import export, plan_export
 from knnmoe.export.families import family_of
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.errors import CheckpointError
@@ -66,7 +67,7 @@ def test_what_the_config_leaves_out_is_what_transformers_assumes(source, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "architecture; expected mixtral or olmoe or .*; found gpt2"),
+        ({"model_type": "gpt2"}, "architecture; expected .*mixtral or olmoe or .*; found gpt2"),
         ({"model_type": ...}, "model_type is missing"),
         ({"hidden_size": ...}, "hidden_size: malformed"),
         ({"hidden_size": "64"}, "hidden_size: malformed"),
@@ -197,6 +198,41 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
         ("qwen2_moe", WINDOWED | {"layer_types": ["full_attention"]}, "layer_types: malformed"),
         ("qwen2_moe", {"layer_types": ["sliding_attention"] * 4}, "4 times full_attention; found"),
         ("qwen2_moe", WINDOWED | {"max_window_layers": None}, "max_window_layers: malformed"),
+        ("glm4_moe", {"n_routed_experts": 7}, "mlp.gate.weight: has another shape"),
+        ("glm4_moe", {"n_routed_experts": ...}, "n_routed_experts: malformed"),
+        ("glm4_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok: is more than there are"),
+        ("glm4_moe", {"n_group": 3}, "groups .*found 3"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 3}, "top_groups .*found 3"),
+        (
+            "glm4_moe",
+            {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3},
+            "routing rule that cannot be: .*top_k",
+        ),
+        ("glm4_moe", {"n_group": "4"}, "n_group: malformed"),
+        ("glm4_moe", {"head_dim": 48}, "partial_rotary_factor: turns 24 of the 48 numbers"),
+        ("glm4_moe", {"head_dim": 64}, "q_proj.weight: has another shape"),
+        ("glm4_moe", {"partial_rotary_factor": 0.4}, "turns 12 of the 32 numbers of a head"),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: out of range"),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 0}}, "partial_.*: malformed"),
+        ("glm4_moe", {"topk_method": "greedy"}, "topk_method: is not supported; expected noaux_tc"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func: is not supported; expected sigm"),
+        ("glm4_moe", {"moe_layer_freq": 2}, "moe_layer_freq: is not supported; expected 1"),
+        ("glm4_moe", {"routed_scaling_factor": 0}, "routed_scaling_factor: malformed"),
+        ("glm4_moe", {"n_shared_experts": 2}, "shared_experts.gate_proj.weight: has another"),
+        ("glm4_moe", {"n_shared_experts": None}, "n_shared_experts: malformed"),
+        ("glm4_moe", {"first_k_dense_replace": 2}, "layers.1.mlp.gate_proj.weight is missing"),
+        ("glm4_moe", {"first_k_dense_replace": 3}, "first_k_dense_replace: leaves no layer with"),
+        ("glm4_moe", {"first_k_dense_replace": -1}, "first_k_dense_replace: malformed"),
+        ("glm4_moe", {"use_qk_norm": False}, "norm.weight: is not a tensor of the family"),
+        ("glm4_moe", {"use_qk_norm": 1}, "use_qk_norm: malformed"),
+        ("glm4_moe", {"attention_bias": False}, "proj.bias: is not a tensor of the family"),
+        (
+            "glm4_moe",
+            {"num_hidden_layers": 2, "num_nextn_predict_layers": 1},
+            "model.layers.2.*: is not a tensor of the family",
+        ),
+        ("glm4_moe", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers: malformed"),
+        ("glm4_moe", {"num_mtp_layers": 1, "num_nextn_predict_layers": 2}, "is not what num_nextn"),
     ],
 )
 def test_a_familys_config_that_cannot_be_right_is_refused(
@@ -218,11 +254,27 @@ def test_a_familys_config_that_cannot_be_right_is_refused(
         ("qwen2_moe", lambda t: t.pop("model.layers.0.mlp.shared_expert_gate.weight"),
          "shared_expert_gate.weight is missing"),
         ("qwen2_moe", lambda t: t.pop("model.layers.3.self_attn.k_proj.bias"), "3.*k_proj.bias is"),
+        ("glm4_moe", lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias"),
+         "e_score_correction_bias is missing"),
+        ("glm4_moe", lambda t: t.update({"model.layers.3.eh_proj.weight": np.zeros(1, "f4")}),
+         "layers.3.eh_proj.weight: is not a tensor of the family glm4_moe"),
     ],
 )  # fmt: skip
 def test_a_familys_tensors_that_do_not_fit_are_refused(sources, tmp_path, family, change, message):
     with pytest.raises(CheckpointError, match=message):
         opened(with_tensors(sources[family], tmp_path, change))
+
+
+def test_layers_that_predict_more_tokens_are_left_out(tmp_path):
+    kind = "no norms, no biases, groups, two shared experts, a layer that predicts more"
+    checkpoint = Checkpoint.open(make_tiny(tmp_path / "checkpoint", "glm4_moe", kind))
+    extra = {name for name in checkpoint.tensors if name.startswith("model.layers.4.")}
+    assert "model.layers.4.eh_proj.weight" in extra
+    assert set(further_tensors(checkpoint, opened(checkpoint))) == extra
+    report = export(checkpoint, tmp_path / "bundle")
+    assert set(report.left_out) == extra
+    stored = sum(f.size for n, f in report.files.items() if n.endswith(".safetensors"))
+    assert stored == plan_export(checkpoint).weight_bytes
 
 
 def two_norms(tensors):

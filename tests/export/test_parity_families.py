@@ -83,8 +83,16 @@ def reference(path: Path) -> Any:
     model, report = loader.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    further = f"model.layers.{model.config.num_hidden_layers}."  # it predicts more tokens
+    report["unexpected_keys"] = [k for k in report["unexpected_keys"] if not k.startswith(further)]
     assert not any(report.values()), report
     return model.eval()
+
+
+def by_id(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and weights [T, k], the experts of a token in order of their ids."""
+    order = np.argsort(ids, axis=1)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
 
 
 def likeliest(logits: np.ndarray, tokens: list[int]) -> int:
@@ -100,7 +108,7 @@ def test_experts_and_greedy_tokens_are_those_of_transformers(tiny: Tiny) -> None
 
     model = reference(tiny.checkpoint)
     found: list[Any] = []
-    routers = [m for name, m in model.named_modules() if type(m).__name__.endswith("TopKRouter")]
+    routers = [m for m in model.modules() if type(m).__name__.lower().endswith("topkrouter")]
     hooks = [r.register_forward_hook(lambda _m, _i, out: found.append(out[1:])) for r in routers]
     tokens = PROMPT.tolist()
     with torch.inference_mode():
@@ -115,8 +123,13 @@ def test_experts_and_greedy_tokens_are_those_of_transformers(tiny: Tiny) -> None
     trace = ours.routing_trace(PROMPT)
     assert len(trace.gates) == len(found) == tiny.bundle.manifest.architecture.num_gates
     for gate, (weights, ids) in zip(trace.gates, found, strict=True):
-        np.testing.assert_array_equal(gate.expert_ids, ids.numpy())
-        np.testing.assert_allclose(gate.expert_weights, weights.numpy(), atol=1e-5)
+        # DeepSeek's routers leave their selection unsorted.
+        wanted, have = (
+            by_id(ids.numpy(), weights.numpy()),
+            by_id(gate.expert_ids, gate.expert_weights),
+        )
+        np.testing.assert_array_equal(have[0], wanted[0])
+        np.testing.assert_allclose(have[1], wanted[1], atol=1e-5)
     cache = ours.pipeline.new_cache(capacity=len(tokens))
     generated = PROMPT.tolist()
     step = PROMPT[None]

@@ -19,6 +19,8 @@ from knnmoe.export.std import StdGraph, StdModel, StdOptions
 from knnmoe.runtime.bundle import GATE_GRAPHS, Bundle, Quantization
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.errors import BundleError, SettingError
+from knnmoe.runtime.layouts import bias_inputs
+from knnmoe.runtime.selection_bias import read_selection_biases
 from tiny import KINDS as FAMILIES
 from tiny import make_tiny, make_tiny_olmoe
 
@@ -146,10 +148,10 @@ def run(session: onnxruntime.InferenceSession, values: Arrays) -> Arrays:
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def routed(bundle: Bundle, logits: np.ndarray) -> Arrays:
+def routed(bundle: Bundle, logits: np.ndarray, gate: int) -> Arrays:
     """The routing rule in NumPy; what the seam has room for beyond it is expert 0 with weight 0."""
     manifest = bundle.manifest
-    ids, weights = manifest.routing.apply(logits)
+    ids, weights = manifest.routing.apply(logits, read_selection_biases(bundle)[gate])
     extra = ((0, 0), (0, manifest.experts_per_token - manifest.routing.top_k))
     return {"expert_ids": np.pad(ids, extra), "expert_weights": np.pad(weights, extra)}
 
@@ -188,7 +190,7 @@ def reference(bundle: Bundle, tokens: np.ndarray) -> Reference:
             result.logits = values["logits"]
             break
         result.router_logits.append(values["router_logits"])
-        result.routed.append(routed(bundle, values["router_logits"]))
+        result.routed.append(routed(bundle, values["router_logits"], len(result.routed)))
         values |= result.routed[-1]
     return result
 
@@ -276,7 +278,7 @@ def split_errors(
             values |= {name.removesuffix("_out"): value for name, value in found.items()}
             logits = values["router_logits"]
             compare("router_logits", logits, [e.router_logits[index] for e in expected], step)
-            experts = routed(bundle, logits)
+            experts = routed(bundle, logits, index)
             if forced:
                 for row, b, position in step.real:
                     for name, value in experts.items():
@@ -353,7 +355,9 @@ def test_padding_may_reach_beyond_the_last_position(tiny, operators):
 
 
 def memories(bundle: Bundle) -> Arrays:
-    """A random memory for every gate, as the fused graph takes it, that moves its logits."""
+    """A random memory for every gate, as the fused graph takes it, that moves its logits; and the
+    gates' selection biases.
+    """
     shape = bundle.manifest.architecture
     rng = np.random.default_rng(8)
     numbers = replace(Calibration(), power=0.3, sequence=1.0, sharpness=3.0, midpoint=0.1)
@@ -368,7 +372,7 @@ def memories(bundle: Bundle) -> Arrays:
             "center": np.zeros(shape.hidden_size, np.float32), "calibration": numbers.vector(),
         }  # fmt: skip
         values |= {f"{name}_{gate}": value for name, value in one.items()}
-    return values
+    return values | bias_inputs(read_selection_biases(bundle))
 
 
 def states(bundle: Bundle, batch: int) -> Arrays:
