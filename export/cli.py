@@ -61,6 +61,11 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 @click.option("--experts-per-token", type=click.IntRange(min=1),
               help="Room for experts a token; more than the model's own lets the assignment "
                    "variant mix further experts in.")  # fmt: skip
+@click.option("--link", is_flag=True,
+              help="Do not write what the checkpoint stores as the bundle would (embedding, head, "
+                   "attention output, router, norms; not the experts): hard-link its files. For "
+                   "fp32 checkpoints, or fp16 ones with a --precision other than fp32; on one "
+                   "file system. --dry-run --link says what it saves.")  # fmt: skip
 @click.option("--no-fused", is_flag=True, help="Leave the fused layout out.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -81,6 +86,7 @@ def main(
     quantize_head: bool,
     no_scale_search: bool,
     experts_per_token: int | None,
+    link: bool,
     no_fused: bool,
     overwrite: bool,
     as_json: bool,
@@ -120,6 +126,7 @@ def main(
                 precision=precision,
                 options=options,
                 experts_per_token=experts_per_token,
+                link=link,
             )
             result(fit_json(plan, context, entries), lambda: print_fit(plan, context, entries))
             return
@@ -139,6 +146,7 @@ def main(
                 options=options,
                 experts_per_token=experts_per_token,
                 fused=not no_fused,
+                link=link,
                 overwrite=overwrite,
                 progress=progress,
                 check=compare if verified else None,
@@ -158,6 +166,8 @@ def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:
         "bytes": report.total_bytes,
         "seconds": round(report.seconds, 3),
     }
+    if report.linked_bytes:
+        figures["linked_bytes"] = report.linked_bytes
     if report.storage.quantization is not None:
         figures["quantization"] = asdict(report.storage.quantization)
     if report.errors:

@@ -38,6 +38,7 @@ from .architecture import Architecture, describe, further_tensors
 from .families import family_of
 from .gate_graphs import gate_functions, gate_graph
 from .graph import GraphBuilder, save
+from .links import Links, make_links, plan_links
 from .lowering.base import Lowering
 from .lowering.ort_quantized import QuantizedOrtLowering
 from .lowering.ort_weights import segment_weights
@@ -70,6 +71,7 @@ class ExportReport:
         seconds: How long it took, without the check.
         storage: In what form the weights are.
         left_out: Tensors of layers that predict more tokens; the bundle has none of them.
+        linked_bytes: Of weights that are used in the checkpoint's own files.
     """
 
     bundle: Path
@@ -80,6 +82,7 @@ class ExportReport:
     seconds: float
     storage: Storage
     left_out: tuple[str, ...] = ()
+    linked_bytes: int = 0
 
     @property
     def errors(self) -> tuple[TensorError, ...]:
@@ -103,6 +106,7 @@ class ExportPlan:
         storage: How weights are stored.
         weights: Their files, one a segment.
         biases: The file of the gates' selection biases, if they have any.
+        links: What is used of the checkpoint's own files, and therefore in none of those.
         copies: Small files that go into the bundle as they are.
         left_out: Tensors of layers that predict more tokens, which no bundle has.
     """
@@ -113,18 +117,24 @@ class ExportPlan:
     storage: Storage
     weights: tuple[PlannedFile, ...]
     biases: tuple[PlannedFile, ...]
+    links: Links
     copies: Mapping[str, bytes]
     left_out: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, wherever they lie."""
+        return self.written_weight_bytes + self.links.nbytes
+
+    @property
+    def written_weight_bytes(self) -> int:
+        """Bytes of the weights' files that are written."""
         return sum(file.nbytes for file in (*self.weights, *self.biases))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is not graphs and manifest."""
-        return self.weight_bytes + sum(map(len, self.copies.values()))
+        """Bytes of all that is written, without graphs and manifest."""
+        return self.written_weight_bytes + sum(map(len, self.copies.values()))
 
 
 def plan_export(
@@ -133,6 +143,7 @@ def plan_export(
     precision: str = "fp32",
     options: QuantizeOptions | None = None,
     experts_per_token: int | None = None,
+    link: bool = False,
 ) -> ExportPlan:
     """Check a checkpoint and say what its bundle would hold; arguments and errors of `export`."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
@@ -146,13 +157,21 @@ def plan_export(
         [tensor for tensors in planned.values() for tensor in tensors],
         tied_head=architecture.tied_head,
     )
+    stored = {name: storage.of(tensors) for name, tensors in planned.items()}
+    links = Links()
+    if link:
+        links = plan_links(source, [tensor for tensors in stored.values() for tensor in tensors])
     return ExportPlan(
         source=source,
         architecture=architecture,
         experts_per_token=room,
         storage=storage,
-        weights=tuple(plan_file(name, storage.of(tensors)) for name, tensors in planned.items()),
+        weights=tuple(
+            plan_file(name, [tensor for tensor in tensors if tensor.name not in links.stored])
+            for name, tensors in stored.items()
+        ),
         biases=tuple(_plan_selection_biases(architecture, source)),
+        links=links,
         copies=_copied_files(source),
         left_out=further_tensors(source, architecture),
     )
@@ -166,6 +185,7 @@ def export(
     options: QuantizeOptions | None = None,
     experts_per_token: int | None = None,
     fused: bool = True,
+    link: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
     check: Callable[[Bundle], None] | None = None,
@@ -182,13 +202,16 @@ def export(
         experts_per_token: k of the seam; by default what the routing rule selects. More leaves room
             for the `assignment` variant to mix further experts in.
         fused: Also write the fused layout; it shares the weights, so it costs no space.
+        link: Use what the checkpoint stores as the bundle would where it is, by hard links to the
+            checkpoint's files.
         overwrite: Replace a bundle that is there.
         progress: Called with the stage, bytes done and bytes in all.
         check: Called with the whole bundle before it takes its name; raising discards it.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read or exported.
-        SettingError: If precision or experts_per_token is out of range, or an option does not fit.
+        SettingError: If precision or experts_per_token is out of range, an option does not fit, or
+            there is nothing to link.
         OutputError: If the bundle cannot be written. Nothing is left behind then.
     """
     started = time.perf_counter()
@@ -197,18 +220,19 @@ def export(
     _check_apart(source, target)
     check_replaceable(target, overwrite=overwrite)
     planned = plan_export(
-        source, precision=precision, options=options, experts_per_token=experts_per_token
+        source, precision=precision, options=options, experts_per_token=experts_per_token, link=link
     )
     architecture, storage = planned.architecture, planned.storage
     weights, biases, room = planned.weights, planned.biases, planned.experts_per_token
     needed = planned.nbytes + _REST_BYTES
     with new_directory(target, overwrite=overwrite, needed_bytes=needed) as directory:
-        fingerprint = source.fingerprint(_counter("fingerprint", source.total_bytes, progress))
-        files: dict[str, FileSpec] = {}
         for folder in ("segments", "gates"):
             (directory / folder).mkdir()
+        linked = make_links(source, planned.links.shards, directory / "segments") if link else []
+        fingerprint = source.fingerprint(_counter("fingerprint", source.total_bytes, progress))
+        files: dict[str, FileSpec] = {}
         stored = {name: tensor for plan in weights for name, tensor in plan.stored.items()}
-        plan = ModelPlan(architecture, stored, room)
+        plan = ModelPlan(architecture, stored | dict(planned.links.stored), room)
         if precision != "fp32":
             plan = replace(plan, lower=partial(_lower_quantized, storage.quantization))
         segments = []
@@ -232,6 +256,11 @@ def export(
             files[SELECTION_BIAS] = write_file(file, directory / "gates", count)
         for file in weights:
             files[f"segments/{file.name}"] = write_file(file, directory / "segments", count)
+        for tensor in planned.links.tensors:
+            for chunk in tensor.chunks():  # only to see that the dtype holds what is there
+                count(chunk.nbytes)
+        for shard in linked:
+            files[shard.relative_to(directory).as_posix()] = describe_file(shard)
         for name, content in planned.copies.items():
             (directory / name).write_bytes(content)
             files[name] = describe_file(directory / name)
@@ -255,6 +284,7 @@ def export(
             },
             quantization=storage.quantization,
             minimum_onnxruntime=QUANTIZED_ONNXRUNTIME if storage.quantization else None,
+            linked=tuple(shard.relative_to(directory).as_posix() for shard in linked) or None,
         )
         write_manifest(directory, manifest)
         seconds = time.perf_counter() - started
@@ -269,6 +299,7 @@ def export(
         seconds=seconds,
         storage=storage,
         left_out=planned.left_out,
+        linked_bytes=planned.links.nbytes,
     )
 
 

@@ -50,6 +50,11 @@ def print_report(report: ExportReport, check: VerifyReport | None) -> None:
     )
     if report.left_out:
         console.print(_left_out(report.left_out))
+    if report.linked_bytes:
+        console.print(
+            f"{readable_size(report.linked_bytes)} of the weights lie in the checkpoint's own "
+            "files, which the bundle links and counts whole"
+        )
     if check is not None:
         ties = f", {check.ties} positions left out as ties" if check.ties else ""
         stored = "" if report.storage.precision == "fp32" else " over the weights as stored"
@@ -107,6 +112,7 @@ def fit_json(plan: ExportPlan, context: int | None, entries: int) -> dict[str, A
         "entries": entries,
         "tensors_left_out": len(plan.left_out),
         "bytes": {**asdict(needed), "total": needed.total},
+        "linked_bytes": plan.links.nbytes,
         "devices": [asdict(fit) | {"fits": fit.fits} for fit in fits(needed)],
     }
 
@@ -130,6 +136,11 @@ def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
     parts.add_row(f"memory of {entries} entries a gate, fp32", readable_size(needed.memory))
     parts.add_row("in all", readable_size(needed.total))
     console.print(parts)
+    if plan.links.nbytes:
+        console.print(
+            f"{readable_size(plan.links.nbytes)} of the weights need not be written: they lie in "
+            "the checkpoint's own files"
+        )
     table = Table(title=f"With {readable_size(RESERVED)} for the system", title_justify="left")
     table.add_column("device")
     table.add_column("fits")

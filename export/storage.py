@@ -164,7 +164,7 @@ class Storage:
                 meter.add(rows, half.astype(np.float32))
                 yield half
 
-        return PlannedTensor(tensor.name, tensor.shape, chunks, "float16")
+        return replace(tensor, chunks=chunks, dtype="float16")
 
     def _meter(self, name: str, kind: str) -> ErrorMeter:
         # The tied embedding is there twice.

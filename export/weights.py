@@ -35,12 +35,22 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: `chunks` yields its elements in order, piece by piece."""
+    """A tensor to be written: `chunks` yields its elements in order, piece by piece.
+
+    Attributes:
+        name: In the file, and as an initializer.
+        shape: Of the tensor.
+        chunks: Makes its elements, converted to `dtype`.
+        dtype: A key of `DTYPES`.
+        sources: The checkpoint's tensors that it is, one after another; empty for what has another
+            order than theirs.
+    """
 
     name: str
     shape: tuple[int, ...]
     chunks: Chunks
-    dtype: str = "float32"  # a key of DTYPES
+    dtype: str = "float32"
+    sources: tuple[str, ...] = ()
 
     @property
     def layout(self) -> np.dtype[Any]:

@@ -37,6 +37,10 @@ TOKENIZER = "tokenizer.json"
 SELECTION_BIAS = "gates/selection_bias.safetensors"  # see selection_bias.py
 
 EXPORT_AGAIN = "Export the checkpoint again with `knnmoe-export`, or copy the bundle again."
+LINKED = (
+    "It is the checkpoint's own file (--link), so the checkpoint was changed in place: put it back "
+    "as it was, or export again."
+)
 KIND = ManifestKind(
     "a bundle",
     MANIFEST,
@@ -46,7 +50,7 @@ KIND = ManifestKind(
     "Use the version of knnmoe that wrote the bundle, or export again with this one.",
 )
 
-_OPTIONAL = ("quantization", "minimum_onnxruntime")
+_OPTIONAL = ("quantization", "minimum_onnxruntime", "linked")
 _BLOCK = 4 << 20
 Progress = Callable[[int], None]
 
@@ -151,6 +155,7 @@ class Manifest:
     producer: Mapping[str, str]
     quantization: Quantization | None = None
     minimum_onnxruntime: str | None = None
+    linked: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it is written."""
@@ -184,10 +189,10 @@ class Bundle:
         manifest = read_manifest(root)
         _refuse_links(root)
         for name, stated in manifest.files.items():
-            _check_size(root, name, stated)
+            _check_size(root, name, stated, _fix(manifest, name))
         if verify:
             for name, stated in manifest.files.items():
-                _check_hash(root, name, stated, progress)
+                _check_hash(root, name, stated, _fix(manifest, name), progress)
         return Bundle(root, manifest)
 
     def file(self, name: str) -> Path:
@@ -252,6 +257,7 @@ def _parse(top: Fields) -> Manifest:
         minimum_onnxruntime=top.text("minimum_onnxruntime", pattern=r"\d{1,4}\.\d{1,4}")
         if top.has("minimum_onnxruntime")
         else None,
+        linked=top.texts("linked") if top.has("linked") else None,
     )
     _check_whole(top, manifest)
     return manifest
@@ -291,6 +297,9 @@ def _check_whole(top: Fields, manifest: Manifest) -> None:
             raise top.wrong(f"gates.{name}", "missing", expected="a gate graph")
     if TOKENIZER not in manifest.files:
         raise top.wrong("files", f"{TOKENIZER} is missing")
+    for name in manifest.linked or ():
+        if name not in manifest.files:
+            raise top.wrong("linked", "not among the manifest's files", found=name)
     if manifest.routing.selection_bias and SELECTION_BIAS not in manifest.files:
         raise top.wrong("files", f"{SELECTION_BIAS} is missing")
 
@@ -441,7 +450,11 @@ def _refuse_links(root: Path) -> None:
             raise BundleError(root, "holds too many files", fix=EXPORT_AGAIN)
 
 
-def _check_size(root: Path, name: str, stated: FileSpec) -> None:
+def _fix(manifest: Manifest, name: str) -> str:
+    return LINKED if name in (manifest.linked or ()) else EXPORT_AGAIN
+
+
+def _check_size(root: Path, name: str, stated: FileSpec, fix: str) -> None:
     path = root / name
     if not path.is_file():
         raise BundleError(path, "is missing", fix=EXPORT_AGAIN)
@@ -452,11 +465,13 @@ def _check_size(root: Path, name: str, stated: FileSpec) -> None:
             "has another size than the manifest states",
             expected=f"{stated.size} bytes",
             found=f"{size} bytes",
-            fix=EXPORT_AGAIN,
+            fix=fix,
         )
 
 
-def _check_hash(root: Path, name: str, stated: FileSpec, progress: Progress | None) -> None:
+def _check_hash(
+    root: Path, name: str, stated: FileSpec, fix: str, progress: Progress | None
+) -> None:
     path = root / name
     digest = hashlib.sha256()
     try:
@@ -473,5 +488,5 @@ def _check_hash(root: Path, name: str, stated: FileSpec, progress: Progress | No
             "has been changed: its sha256 is not the manifest's",
             expected=stated.sha256,
             found=digest.hexdigest(),
-            fix=EXPORT_AGAIN,
+            fix=fix,
         )

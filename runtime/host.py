@@ -140,5 +140,8 @@ def _sensible_threads(bundle: Bundle) -> int | None:
     An operator of some microseconds gains nothing from a second thread, and waits a whole time
     slice for it when another program holds the core.
     """
-    sizes = (spec.size for name, spec in bundle.manifest.files.items() if "segments/" in name)
+    # Of a file that is linked, a segment may use little.
+    linked = bundle.manifest.linked or ()
+    files = bundle.manifest.files.items()
+    sizes = (spec.size for name, spec in files if "segments/" in name and name not in linked)
     return 1 if max(sizes) < SMALL_SEGMENT else None

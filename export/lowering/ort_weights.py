@@ -34,7 +34,8 @@ def segment_weights(
     planned: list[PlannedTensor] = []
 
     def copied(name: str, *sources: str, size: tuple[int, ...]) -> None:
-        planned.append(PlannedTensor(name, size, lambda: _rows(checkpoint, sources)))
+        rows = partial(_rows, checkpoint, sources)
+        planned.append(PlannedTensor(name, size, rows, sources=sources))
 
     if segment == 0:
         copied(EMBEDDING, names.embedding, size=(shape.vocab_size, hidden))
@@ -100,7 +101,8 @@ def _copies(
         if sources and sources[0] in sizes:
             rows = sum(sizes[name][0] for name in sources)
             size = (rows, *sizes[sources[0]][1:])
-            yield PlannedTensor(layer_name(layer, part), size, partial(_rows, checkpoint, sources))
+            chunks = partial(_rows, checkpoint, sources)
+            yield PlannedTensor(layer_name(layer, part), size, chunks, sources=sources)
 
 
 def _rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[NDArray[np.float32]]:

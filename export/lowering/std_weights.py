@@ -1,10 +1,16 @@
-"""Where a bundle's weights lie, read from the headers of its safetensors files."""
+"""Where a bundle's weights lie, read from the headers of its safetensors files.
+
+A file that is linked holds the checkpoint's tensors by their own names; which of them are weights
+of the bundle, its graphs say.
+"""
 
 from __future__ import annotations
 
 import math
 import struct
 from pathlib import Path
+
+import onnx_ir as ir
 
 from knnmoe.export.graph import StoredTensor
 from knnmoe.runtime.bundle import EXPORT_AGAIN, Bundle
@@ -15,6 +21,7 @@ from knnmoe.runtime.manifest import Fields, parse_object
 FOLDER, SUFFIX = "segments/", ".safetensors"
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2)}
+_IR_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
 class StoredWeights(dict[str, StoredTensor]):
@@ -36,9 +43,34 @@ def stored_weights(bundle: Bundle) -> StoredWeights:
             file.
     """
     stored = StoredWeights(bundle)
+    linked = bundle.manifest.linked or ()
     for name in bundle.manifest.files:
-        if name.startswith(FOLDER) and name.endswith(SUFFIX):
+        if name.startswith(FOLDER) and name.endswith(SUFFIX) and name not in linked:
             stored.update(_read(bundle.file(name), name.removeprefix(FOLDER)))
+    if linked:
+        for segment in bundle.manifest.segments:
+            stored.update(_linked(bundle, segment.file))
+    return stored
+
+
+def _linked(bundle: Bundle, graph: str) -> dict[str, StoredTensor]:
+    """Weights of a graph that lie in linked files."""
+    stored = {}
+    for name, value in ir.load(bundle.file(graph)).graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = FOLDER + str(tensor.location)
+        if file not in (bundle.manifest.linked or ()):
+            continue
+        offset, shape = tensor.offset or 0, tuple(tensor.shape.numpy())
+        dtype, length = _IR_DTYPES.get(tensor.dtype), int(tensor.nbytes)
+        if dtype is None or not 0 <= offset <= bundle.manifest.files[file].size - length:
+            raise BundleError(
+                bundle.file(graph), f"refers to a weight {name} that {file} does not hold",
+                fix=EXPORT_AGAIN,
+            )  # fmt: skip
+        stored[name] = StoredTensor(str(tensor.location), offset, length, shape, dtype)
     return stored
 
 
