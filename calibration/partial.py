@@ -10,9 +10,7 @@ that went on gives the same numbers as one that never stopped.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from knnmoe.runtime.atomic import new_directory
 from knnmoe.runtime.errors import OutputError
+from knnmoe.runtime.jobs import discard_work, open_work, work_directory
 
-JOB = "job.json"
 RESTART = "Build with the same text and settings as before, or pass --restart to start afresh."
 
 Tensors = dict[str, NDArray[Any]]
@@ -50,16 +47,9 @@ class PartialBuild:
             OutputError: If there is one of another job, or the directory cannot be made.
         """
         partial = PartialBuild(work_directory(pack))
-        if partial.path.is_symlink() or (partial.path.exists() and not partial.path.is_dir()):
-            raise OutputError(partial.path, "is not a directory", fix="Move it out of the way.")
         if restart:
             partial.remove()
-        if partial.path.exists():
-            partial._check(dict(job))
-            return partial
-        with new_directory(partial.path) as directory:
-            text = json.dumps(dict(job), indent=2) + "\n"
-            (directory / JOB).write_text(text, encoding="utf-8")
+        open_work(partial.path, job, what="build of other text or settings", fix=RESTART)
         return partial
 
     def has(self, batch: int) -> bool:
@@ -103,33 +93,7 @@ class PartialBuild:
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        discard_work(self.path)
 
     def _file(self, batch: int) -> Path:
         return self.path / f"batch-{batch:05d}.safetensors"
-
-    def _check(self, job: dict[str, Any]) -> None:
-        try:
-            found = json.loads((self.path / JOB).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OutputError(
-                self.path / JOB, "cannot be read", found=error, fix=RESTART
-            ) from error
-        expected = json.loads(json.dumps(job))  # as the other one went
-        if found == expected:
-            return
-        other = found if isinstance(found, dict) else {}
-        differing = [name for name in expected if other.get(name) != expected[name]]
-        raise OutputError(
-            self.path,
-            "an interrupted build of other text or settings is here",
-            expected=", ".join(f"{name} {expected[name]}" for name in differing),
-            found=", ".join(f"{name} {other.get(name)}" for name in differing),
-            fix=RESTART,
-        )
-
-
-def work_directory(pack: Path) -> Path:
-    """The work directory of a build of `pack`."""
-    return pack.with_name(pack.name + ".partial")

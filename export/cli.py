@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from knnmoe import __version__
 from knnmoe.runtime.bundle import BLOCK_SIZES, PRECISIONS
 from knnmoe.runtime.cli_support import outcome
 from knnmoe.runtime.errors import BackendError
+from knnmoe.runtime.jobs import work_directory
 
 if TYPE_CHECKING:
     from knnmoe.runtime.bundle import Bundle
@@ -68,6 +71,7 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
                    "file system. --dry-run --link says what it saves.")  # fmt: skip
 @click.option("--no-fused", is_flag=True, help="Leave the fused layout out.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted export of this bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--list-families", is_flag=True, is_eager=True, expose_value=False,
               callback=_list_families, help="List what can be exported, and exit.")  # fmt: skip
@@ -89,12 +93,14 @@ def main(
     link: bool,
     no_fused: bool,
     overwrite: bool,
+    restart: bool,
     as_json: bool,
 ) -> None:
     """Export a Mixture-of-Experts checkpoint as a bundle of ONNX segments.
 
     CHECKPOINT is a Hugging Face directory (config.json, safetensors, tokenizer.json), BUNDLE the
-    directory to create. Exit codes: 0 done, 1 a stated failure, 2 wrong usage.
+    directory to create. What an interrupted export has finished lies in BUNDLE.partial: the same
+    command goes on from there. Exit codes: 0 done, 1 a stated failure, 2 wrong usage.
     """
     if bundle is None and not dry_run:
         raise click.UsageError("Missing argument 'BUNDLE'.")
@@ -134,7 +140,7 @@ def main(
         if verified:
             require_reference()  # now, and not after the weights are written
         checks: list[VerifyReport] = []
-        with export_bars() as progress:
+        with _resumable(bundle), export_bars() as progress:
 
             def compare(written: Bundle) -> None:
                 checks.append(verify(checkpoint, written, progress=progress))
@@ -148,11 +154,23 @@ def main(
                 fused=not no_fused,
                 link=link,
                 overwrite=overwrite,
+                restart=restart,
                 progress=progress,
                 check=compare if verified else None,
             )
         check = checks[0] if checks else None
         result(to_json(report, check), lambda: _show(report, check))
+
+
+@contextmanager
+def _resumable(bundle: Path) -> Iterator[None]:
+    """Say after an interruption how to go on, if anything was finished."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if work_directory(bundle.absolute()).exists():
+            click.echo("Give the same command again to go on.", err=True)
+        raise
 
 
 def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:

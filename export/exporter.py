@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from knnmoe import __version__
-from knnmoe.runtime.atomic import check_replaceable, new_directory
 from knnmoe.runtime.bundle import (
     GATE_GRAPHS,
     QUANTIZED_ONNXRUNTIME,
@@ -42,10 +43,11 @@ from .links import Links, make_links, plan_links
 from .lowering.base import Lowering
 from .lowering.ort_quantized import QuantizedOrtLowering
 from .lowering.ort_weights import segment_weights
+from .partial import partial_export
 from .quantize import TensorError
 from .split import ModelPlan, fused_graph, segment_graph, segment_layers
 from .storage import QuantizeOptions, Storage, storage_for
-from .weights import PlannedFile, PlannedTensor, plan_file, row_chunks, write_file
+from .weights import PlannedFile, PlannedTensor, plan_file, row_chunks
 
 FUSED_GATE = "cosine"  # the gate graph inside the fused layout
 GENERATION_CONFIG = "generation_config.json"
@@ -187,10 +189,14 @@ def export(
     fused: bool = True,
     link: bool = False,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     check: Callable[[Bundle], None] | None = None,
 ) -> ExportReport:
     """Export a checkpoint as a bundle.
+
+    Interrupted, by whatever, it leaves the files of weights that are finished in `BUNDLE.partial`,
+    and the same call goes on from there; the bundle is the same, byte by byte.
 
     Args:
         checkpoint: Opened, or its directory.
@@ -205,6 +211,8 @@ def export(
         link: Use what the checkpoint stores as the bundle would where it is, by hard links to the
             checkpoint's files.
         overwrite: Replace a bundle that is there.
+        restart: Discard what an interrupted export of this bundle has finished, instead of going
+            on with it.
         progress: Called with the stage, bytes done and bytes in all.
         check: Called with the whole bundle before it takes its name; raising discards it.
 
@@ -212,24 +220,34 @@ def export(
         CheckpointError: If the checkpoint cannot be read or exported.
         SettingError: If precision or experts_per_token is out of range, an option does not fit, or
             there is nothing to link.
-        OutputError: If the bundle cannot be written. Nothing is left behind then.
+        OutputError: If the bundle cannot be written, or what an interrupted export left is of other
+            settings.
     """
     started = time.perf_counter()
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     target = Path(bundle).absolute()
     _check_apart(source, target)
-    check_replaceable(target, overwrite=overwrite)
     planned = plan_export(
         source, precision=precision, options=options, experts_per_token=experts_per_token, link=link
     )
     architecture, storage = planned.architecture, planned.storage
     weights, biases, room = planned.weights, planned.biases, planned.experts_per_token
-    needed = planned.nbytes + _REST_BYTES
-    with new_directory(target, overwrite=overwrite, needed_bytes=needed) as directory:
-        for folder in ("segments", "gates"):
-            (directory / folder).mkdir()
-        linked = make_links(source, planned.links.shards, directory / "segments") if link else []
+    fingerprint = ""
+
+    def job() -> dict[str, Any]:
+        nonlocal fingerprint
         fingerprint = source.fingerprint(_counter("fingerprint", source.total_bytes, progress))
+        return _job(planned, fingerprint, link)
+
+    with partial_export(
+        target,
+        job,
+        overwrite=overwrite,
+        restart=restart,
+        needed_bytes=planned.nbytes + _REST_BYTES,
+    ) as work:
+        directory = work.bundle
+        linked = make_links(source, planned.links.shards, directory / "segments") if link else []
         files: dict[str, FileSpec] = {}
         stored = {name: tensor for plan in weights for name, tensor in plan.stored.items()}
         plan = ModelPlan(architecture, stored | dict(planned.links.stored), room)
@@ -252,10 +270,13 @@ def export(
                 directory, f"gates/{name}.onnx", g, files, gate_functions(name)
             )
         count = _counter("weights", planned.weight_bytes, progress)
-        for file in biases:
-            files[SELECTION_BIAS] = write_file(file, directory / "gates", count)
-        for file in weights:
-            files[f"segments/{file.name}"] = write_file(file, directory / "segments", count)
+        for folder, file in (
+            *(("gates", file) for file in biases),
+            *(("segments", file) for file in weights),
+        ):
+            done = work.write(file, folder, count, storage.new_errors)
+            storage.known.update({error.name: error for error in done.errors})
+            files[f"{folder}/{file.name}"] = done.spec
         for tensor in planned.links.tensors:
             for chunk in tensor.chunks():  # only to see that the dtype holds what is there
                 count(chunk.nbytes)
@@ -276,12 +297,7 @@ def export(
             fused=fused_spec,
             gates=gates,
             files=files,
-            producer={
-                "knnmoe": __version__,
-                "onnx_ir": ir.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
+            producer=_producer(),
             quantization=storage.quantization,
             minimum_onnxruntime=QUANTIZED_ONNXRUNTIME if storage.quantization else None,
             linked=tuple(shard.relative_to(directory).as_posix() for shard in linked) or None,
@@ -301,6 +317,31 @@ def export(
         left_out=planned.left_out,
         linked_bytes=planned.links.nbytes,
     )
+
+
+def _producer() -> dict[str, str]:
+    return {
+        "knnmoe": __version__,
+        "onnx_ir": ir.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _job(planned: ExportPlan, fingerprint: str, link: bool) -> dict[str, Any]:
+    """All that the weights' files depend on."""
+    quantization, layout = planned.storage.quantization, hashlib.sha256()
+    for file in (*planned.biases, *planned.weights):
+        layout.update(file.header)
+    return {
+        "fingerprint": fingerprint,
+        "config": hashlib.sha256(planned.copies[CONFIG]).hexdigest(),
+        "precision": planned.storage.precision,
+        "quantization": None if quantization is None else asdict(quantization),
+        "link": link,
+        "layout": layout.hexdigest(),
+        "producer": _producer(),
+    }
 
 
 def _check_apart(source: Checkpoint, target: Path) -> None:

@@ -79,7 +79,7 @@ def make_links(source: Checkpoint, shards: Iterable[str], segments: Path) -> lis
     Raises:
         OutputError: If the file system does not link them.
     """
-    (segments / FOLDER).mkdir()
+    (segments / FOLDER).mkdir(exist_ok=True)
     made = []
     for shard in shards:
         origin, link = (source.path / shard).resolve(), segments / FOLDER / shard

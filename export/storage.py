@@ -85,17 +85,28 @@ class Storage:
         quantization: The manifest's; None for fp32 and fp16.
         tied_head: Whether the head is the embedding.
         meters: Of every weight not stored as it was, filled while it is written.
+        known: The same of weights that an interrupted export wrote.
     """
 
     precision: str
     quantization: Quantization | None
     tied_head: bool
     meters: dict[str, tuple[str, ErrorMeter]] = field(default_factory=dict)
+    known: dict[str, TensorError] = field(default_factory=dict)
 
     @property
     def errors(self) -> tuple[TensorError, ...]:
         """What storing changed, for each weight written so far that is not stored as fp32."""
-        return tuple(meter.result(name, kind) for name, (kind, meter) in self.meters.items())
+        return tuple(
+            self.known[name] if name in self.known else meter.result(name, kind)
+            for name, (kind, meter) in self.meters.items()
+        )
+
+    def new_errors(self) -> tuple[TensorError, ...]:
+        """Those of weights written since the last call; they become known."""
+        found = tuple(e for e in self.errors if e.values and e.name not in self.known)
+        self.known.update({error.name: error for error in found})
+        return found
 
     def scheme(self, part: str) -> Scheme | None:
         """How a part is quantised; None if it is not."""

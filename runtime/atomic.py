@@ -18,6 +18,7 @@ MANIFESTS = ("manifest.json", "memory.json", "engines.json")
 SCHEMA_MARK = b'"knnmoe.'
 
 STALE_AFTER_SECONDS = 60.0
+STALE_FORM = ".{name}.{token}.partial"  # with a token of eight characters
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -42,20 +43,20 @@ def new_directory(
     """
     target = Path(os.path.abspath(final))
     check_replaceable(target, overwrite=overwrite)
-    _remove_stale(target)
+    remove_stale(target)
     if needed_bytes is not None:
         check_free_space(target.parent, needed_bytes)
     temporary = _make_sibling(target)
-    lock = _lock(temporary)
+    lock = lock_directory(temporary)
     try:
         yield temporary
-        _sync_tree(temporary)
+        sync_tree(temporary)
         # Once more: somebody may have written there meanwhile.
         check_replaceable(target, overwrite=overwrite)
-        _move_into_place(temporary, target)
+        move_into_place(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        stated = _as_output_error(error, target, temporary, needed_bytes)
+        stated = as_output_error(error, target, temporary, needed_bytes)
         if stated is None:
             raise
         raise stated from error
@@ -124,13 +125,9 @@ def _is_ours(directory: Path) -> bool:
     return False
 
 
-def _pattern(target: Path) -> tuple[str, str]:
-    return f".{target.name}.", ".partial"
-
-
 def _make_sibling(target: Path) -> Path:
-    prefix, suffix = _pattern(target)
-    temporary = target.parent / f"{prefix}{secrets.token_hex(4)}{suffix}"
+    token = secrets.token_hex(4)
+    temporary = target.parent / STALE_FORM.format(name=target.name, token=token)
     try:
         temporary.mkdir()
     except OSError as error:
@@ -142,8 +139,12 @@ def _make_sibling(target: Path) -> Path:
     return temporary
 
 
-def _lock(directory: Path) -> int | None:
-    """Hold a lock on the directory while its writer lives; None where there are no such locks."""
+def lock_directory(directory: Path) -> int | None:
+    """Hold a lock on the directory while its writer lives; None where there are no such locks.
+
+    Raises:
+        BlockingIOError: If another writer holds it.
+    """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
@@ -151,15 +152,20 @@ def _lock(directory: Path) -> int | None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
     except OSError:
         os.close(handle)
         return None
     return handle
 
 
-def _remove_stale(target: Path) -> None:
+def remove_stale(target: Path) -> None:
     """Remove what killed writers of the same directory left behind: old, and locked by nobody."""
-    prefix, suffix = _pattern(target)
+    prefix, suffix = STALE_FORM.format(name=target.name, token="|").split("|")
+    if not target.parent.is_dir():
+        return
     for sibling in target.parent.iterdir():
         name = sibling.name
         if not (name.startswith(prefix) and name.endswith(suffix)) or sibling.is_symlink():
@@ -168,20 +174,25 @@ def _remove_stale(target: Path) -> None:
             continue
         if time.time() - sibling.stat().st_mtime < STALE_AFTER_SECONDS:
             continue
-        lock = _lock(sibling)
+        try:
+            lock = lock_directory(sibling)
+        except BlockingIOError:
+            continue
         if lock is not None:
             shutil.rmtree(sibling, ignore_errors=True)
             os.close(lock)
 
 
-def _sync_tree(root: Path) -> None:
+def sync_tree(root: Path) -> None:
+    """Flush a directory and all that is in it to the disk."""
     for directory, _, files in os.walk(root, topdown=False):
         for name in files:
-            _sync(Path(directory, name))
-        _sync(Path(directory))
+            sync(Path(directory, name))
+        sync(Path(directory))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or directory to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no handle on a directory to flush
     handle = os.open(path, os.O_RDONLY)
@@ -191,7 +202,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _move_into_place(temporary: Path, target: Path) -> None:
+def move_into_place(temporary: Path, target: Path) -> None:
+    """Give a directory its final name; what bore it before is removed."""
     if not target.exists():
         temporary.rename(target)
     else:
@@ -205,11 +217,15 @@ def _move_into_place(temporary: Path, target: Path) -> None:
             old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _as_output_error(
-    error: BaseException, target: Path, temporary: Path, needed_bytes: int | None
+def as_output_error(
+    error: BaseException,
+    target: Path,
+    temporary: Path,
+    needed_bytes: int | None,
+    left: str = "nothing was left behind",
 ) -> OutputError | None:
     """The stated failure behind an error of the operating system, if it is about the output."""
     # The safetensors library reports the operating system's errors as text.
@@ -219,7 +235,7 @@ def _as_output_error(
             "the disk is full",
             expected=None if needed_bytes is None else f"{readable_size(needed_bytes)} in all",
             found=f"{readable_size(shutil.disk_usage(target.parent).free)} free",
-            fix="Free some room, or choose another disk; nothing was left behind.",
+            fix=f"Free some room, or choose another disk; {left}.",
         )
     if isinstance(error, OSError) and error.errno in _REFUSED:
         concerned = str(error.filename or "")

@@ -220,12 +220,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def describe_file(path: Path) -> FileSpec:
-    """Hash a file that has just been written."""
+def describe_file(path: Path, progress: Progress | None = None) -> FileSpec:
+    """Hash a file that has been written; `progress` is called with the bytes just hashed."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
+            if progress is not None:
+                progress(len(block))
     return FileSpec(digest.hexdigest(), path.stat().st_size)
 
 

@@ -15,7 +15,6 @@ import transformers
 
 from knnmoe.calibration.build import BuildReport, build_memory, median_gamma
 from knnmoe.calibration.optimize import learn
-from knnmoe.calibration.partial import work_directory
 from knnmoe.calibration.settings import BuildSettings, UseSettings, parse_gates
 from knnmoe.calibration.teacher import Teacher
 from knnmoe.export.exporter import export
@@ -27,6 +26,7 @@ from knnmoe.runtime.errors import (
     OutputError,
     SettingError,
 )
+from knnmoe.runtime.jobs import work_directory
 from knnmoe.runtime.memory import GateEntries, MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.tokenizer import Tokenizer
@@ -422,7 +422,7 @@ def test_a_file_in_the_way_of_the_work_directory_is_not_touched(
     build: Build, tmp_path: Path
 ) -> None:
     work_directory(tmp_path / "pack").write_text("mine")
-    with pytest.raises(OutputError, match="not a directory"):
+    with pytest.raises(OutputError, match="is in the way"):
         build(tmp_path / "pack", restart=True)
     assert work_directory(tmp_path / "pack").read_text() == "mine"
 

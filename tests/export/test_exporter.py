@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from knnmoe.export import exporter
+from knnmoe.export import exporter, partial
 from knnmoe.export.exporter import export
 from knnmoe.runtime import atomic
 from knnmoe.runtime.bundle import GATE_GRAPHS, Bundle
@@ -192,7 +190,7 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch):
         (directory / plan.name).write_bytes(plan.header)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(exporter, "write_file", full)
+    monkeypatch.setattr(partial, "write_file", full)
     with pytest.raises(OutputError, match="disk is full"):
         export(checkpoint, tmp_path / "b")
     assert not names(tmp_path)
@@ -224,43 +222,6 @@ def test_a_shard_that_shrinks_meanwhile_is_an_error(tmp_path):
     with pytest.raises(CheckpointError):
         export(source, tmp_path / "b")
     assert names(tmp_path) == {"c"}
-
-
-KILLED = """
-import sys, time
-from knnmoe.export import exporter
-def slow(plan, directory, progress):
-    (directory / plan.name).write_bytes(b"half")
-    print("writing", flush=True)
-    time.sleep(60)
-exporter.write_file = slow
-from knnmoe.export.cli import main
-main([sys.argv[1], sys.argv[2]])
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_export_never_bears_the_name_of_a_bundle(checkpoint, tmp_path, number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path / "b")],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"writing\n"
-    process.send_signal(number)
-    assert process.wait(20) != 0
-    process.stdout.close()
-    if number != signal.SIGKILL:
-        assert not names(tmp_path)
-        return
-    # Nothing can clean up after SIGKILL at once; the next export does, when the remains are old.
-    (left,) = names(tmp_path)
-    assert left.endswith(".partial")
-    old = time.time() - 2 * atomic.STALE_AFTER_SECONDS
-    os.utime(tmp_path / left, (old, old))
-    export(checkpoint, tmp_path / "b")
-    assert names(tmp_path) == {"b"}
 
 
 def test_memory_stays_far_below_the_size_of_the_model(tmp_path):
