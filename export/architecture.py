@@ -390,6 +390,13 @@ def expected_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[in
 def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
     expected = set()
     for name, shape in expected_tensors(architecture):
+        if name == architecture.family.tensors.head and name not in checkpoint.tensors:
+            raise CheckpointError(
+                checkpoint.path,
+                f"tensor {name} is missing, and the config does not tie the head to the embedding",
+                fix="If it is tied, set tie_word_embeddings to true in config.json; if not, the "
+                "checkpoint is incomplete.",
+            )
         entry = checkpoint.entry(name)
         expected.add(name)
         where = f"{checkpoint.path / entry.shard}: {name}"

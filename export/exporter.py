@@ -45,6 +45,7 @@ from .lowering.ort_quantized import QuantizedOrtLowering
 from .lowering.ort_weights import segment_weights
 from .partial import partial_export
 from .quantize import TensorError
+from .refusals import check_tied_head, refuse_packed, refuse_remote_code
 from .split import ModelPlan, fused_graph, segment_graph, segment_layers
 from .storage import QuantizeOptions, Storage, storage_for
 from .weights import PlannedFile, PlannedTensor, plan_file, row_chunks
@@ -149,7 +150,9 @@ def plan_export(
 ) -> ExportPlan:
     """Check a checkpoint and say what its bundle would hold; arguments and errors of `export`."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    refuse_remote_code(source)
     _refuse_quantized(source)
+    refuse_packed(source)
     architecture = describe(source, family_of(source))
     room = _experts_per_token(architecture, experts_per_token)
     planned = _plan_weights(architecture, source)
@@ -230,6 +233,7 @@ def export(
     planned = plan_export(
         source, precision=precision, options=options, experts_per_token=experts_per_token, link=link
     )
+    check_tied_head(source, planned.architecture)
     architecture, storage = planned.architecture, planned.storage
     weights, biases, room = planned.weights, planned.biases, planned.experts_per_token
     fingerprint = ""

@@ -300,7 +300,8 @@ def _entry(path: Path, shard: str, name: str, stated: Any, data_start: int) -> T
             f"tensor {name} has an unsupported dtype",
             expected=f"one of {', '.join(ELEMENT_BYTES)}",
             found=dtype,
-            fix="Convert the checkpoint to float32, float16 or bfloat16.",
+            fix="Convert the checkpoint to float32, float16 or bfloat16; if it is quantised, take "
+            "the one it was made from.",
         )
     if not (_counts(shape) and _counts(offsets) and len(shape) <= MAX_RANK and len(offsets) == 2):
         raise malformed

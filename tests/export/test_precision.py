@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from knnmoe.export import cli, exporter
+from knnmoe.export import cli
 from knnmoe.export.exporter import ExportReport, export
 from knnmoe.export.quantize import unpack
 from knnmoe.export.std import StdGraph, StdModel, StdOptions
@@ -32,7 +31,6 @@ from knnmoe.runtime.errors import (
     BackendError,
     BundleError,
     CheckpointError,
-    OutputError,
     SettingError,
     VerificationError,
 )
@@ -318,23 +316,6 @@ def test_a_weight_that_is_not_a_number_is_refused(tmp_path, precision):
     with pytest.raises(CheckpointError, match=r"layers\.0\.output"):
         export(source, tmp_path / "b", precision=precision)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_a_full_disk_leaves_nothing_behind(tmp_path, checkpoint, monkeypatch):
-    written = 0
-
-    def full(plan, directory, progress):
-        nonlocal written
-        written += 1
-        if written == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(plan, directory, progress)
-
-    real = exporter.write_file
-    monkeypatch.setattr(exporter, "write_file", full)
-    with pytest.raises(OutputError, match="disk is full"):
-        export(checkpoint, tmp_path / "b", precision="int4")
-    assert not list(tmp_path.iterdir())
 
 
 def test_memory_stays_far_below_the_size_of_the_model(tmp_path):
