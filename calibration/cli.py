@@ -72,6 +72,49 @@ def memory() -> None:
     help="Of the stored tensors.",
 )
 @click.option(
+    "--objective",
+    type=click.Choice(["future", "next"]),
+    default="future",
+    show_default=True,
+    help="What a token's logits are moved for: all that follows, or the next token alone.",
+)
+@click.option(
+    "--gradient",
+    type=click.Choice(["plain", "straight-through"]),
+    default="plain",
+    show_default=True,
+    help="straight-through: experts that were not chosen count too; slower.",
+)
+@click.option(
+    "--deduplicate",
+    type=float,
+    metavar="COSINE",
+    help="Make one of entries of the same token whose keys are this near, such as 0.99.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="To compute on: auto (CUDA if it is there), cpu, cuda, cuda:1.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="To compute in.  [auto: fp32 on a CPU, bf16 elsewhere]",
+)
+@click.option(
+    "--workers",
+    type=int,
+    metavar="N",
+    help="Processes, each with the model in it. Any N gives the same pack.",
+)
+@click.option(
+    "--threads", type=int, help="Of each worker.  [default: 1; without workers: torch's own]"
+)
+@click.option("--ray", is_flag=True, help="Workers are Ray actors, on all machines Ray has.")
+@click.option(
     "--variant",
     type=click.Choice(["logits", "assignment", "residual"]),
     default="residual",
@@ -113,14 +156,19 @@ def build(
     background: tuple[Path, ...],
     overwrite: bool,
     restart: bool,
+    workers: int | None,
+    threads: int | None,
+    ray: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Build a memory pack from a checkpoint and reference text.
 
-    CHECKPOINT is a Hugging Face directory, each REFERENCE a .txt file (one document) or a .jsonl
-    file (a document a line, {"text": …}), PACK the directory to write. What an interrupted build
-    has done lies in PACK.partial: the same command goes on from there.
+    CHECKPOINT is a Hugging Face directory, PACK the directory to write, each REFERENCE a text file:
+    .txt is one document, .jsonl a document a line, {"text"}, {"prompt", "completion"} or
+    {"messages": [{"role", "content"}, …]}; of these only completions and what the assistant says
+    are learned. FILE@0.5 takes half of a file. What an interrupted build has done lies in
+    PACK.partial: the same command goes on from there.
     """
     with outcome(as_json) as result:
         try:
@@ -132,7 +180,7 @@ def build(
                 fix="Run `pip install 'knnmoe[train]'`.",
             ) from error
         from .progress import token_bar
-        from .settings import BuildSettings, UseSettings
+        from .settings import BuildSettings, UseSettings, Workers
         from .tables import print_build
 
         try:
@@ -144,6 +192,7 @@ def build(
                     settings=BuildSettings(**_fields(BuildSettings, options)),
                     use=UseSettings(**_fields(UseSettings, options)),
                     background=background,
+                    workers=Workers.of(workers, threads, ray=ray),
                     overwrite=overwrite,
                     restart=restart,
                     progress=progress,

@@ -1,38 +1,63 @@
 """The work directory of a build: what is done already, so that an interrupted build goes on.
 
     PACK.partial/
-        job.json                    what is being built, in full
-        batch-00000.safetensors …   one a finished batch
+        job.json                 what is being built, in full
+        gate-00.safetensors …    a gate's tensors at their final size, zero where not learned yet
+        done.jsonl               a line a finished batch: its number, likelihoods and checksum
 
-A batch appears whole or not at all, and every batch is a function of the job alone, so that a build
-that went on gives the same numbers as one that never stopped.
+Rows go to their final place as they are learned, so nothing is assembled at the end. A batch
+counts when its line is there and its rows have the checksum of the line: whatever a crash left
+unwritten is learned again, and every batch is a function of the job alone, so that a build that
+went on gives the same numbers as one that never stopped.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from knnmoe.runtime.errors import OutputError
 from knnmoe.runtime.jobs import discard_work, open_work, work_directory
 
-RESTART = "Build with the same text and settings as before, or pass --restart to start afresh."
+from .plan import Batch
+from .tensor_file import DAMAGED, TensorFile
 
-Tensors = dict[str, NDArray[Any]]
+DONE = "done.jsonl"
+RESTART = "Build with the same text and settings as before, or pass --restart to start afresh."
+ROW_TENSORS = ("keys", "router_logits", "residuals")
+
+# gate → name of a tensor → rows
+GateTensors = Mapping[int, Mapping[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A line of `done.jsonl`."""
+
+    batch: int
+    nll: tuple[float, float]
+    crc: int
 
 
 @dataclass(frozen=True)
 class PartialBuild:
-    """An open work directory; use `PartialBuild.open`."""
+    """An open work directory; use `PartialBuild.open`, then `prepare`.
+
+    Attributes:
+        path: The directory.
+        files: By gate.
+    """
 
     path: Path
+    files: dict[int, TensorFile] = field(default_factory=dict)
+    _done: dict[int, _Done] = field(default_factory=dict)
 
     @staticmethod
     def open(pack: Path, job: Mapping[str, Any], *, restart: bool = False) -> PartialBuild:
@@ -52,48 +77,128 @@ class PartialBuild:
         open_work(partial.path, job, what="build of other text or settings", fix=RESTART)
         return partial
 
+    def prepare(
+        self,
+        gates: Sequence[int],
+        entries: int,
+        widths: tuple[int, int],
+        dtype: type[np.floating[Any]],
+        batches: Sequence[Batch],
+    ) -> None:
+        """Open the gates' files, made if they are not there, and find out which batches are done.
+
+        Args:
+            gates: Whose entries are built.
+            entries: Rows of each.
+            widths: D and E.
+            dtype: Of the rows.
+            batches: Of the plan.
+
+        Raises:
+            OutputError: If something in the directory is damaged.
+        """
+        hidden, experts = widths
+        for gate in gates:
+            path = self.path / gate_file(gate)
+            if not path.exists():
+                columns = dict(zip(ROW_TENSORS, (hidden, experts, experts), strict=True))
+                shapes = {name: (dtype, (entries, width)) for name, width in columns.items()}
+                center = {"center": (np.float32, (hidden,))}
+                temporary = path.with_suffix(".tmp")
+                TensorFile.create(temporary, {**shapes, **center}).close()
+                temporary.replace(path)
+            self.files[gate] = TensorFile.open(path)
+        for done in self._lines():
+            if not 0 <= done.batch < len(batches):
+                raise OutputError(self.path / DONE, "damaged", found=f"batch {done.batch}",
+                                  fix=DAMAGED)  # fmt: skip
+            if self._checksum(batches[done.batch]) == done.crc:
+                self._done[done.batch] = done
+
     def has(self, batch: int) -> bool:
         """Whether a batch is finished."""
-        return self._file(batch).exists()
+        return batch in self._done
 
     @property
     def finished(self) -> int:
         """Batches that are finished."""
-        return sum(1 for _ in self.path.glob("batch-*.safetensors"))
+        return len(self._done)
 
-    def write(self, batch: int, tensors: Tensors) -> None:
-        """Store a finished batch.
+    def write(self, batch: Batch, tensors: GateTensors, nll: tuple[float, float]) -> None:
+        """Store a finished batch: its rows at their places, then its line.
+
+        Args:
+            batch: The batch.
+            tensors: By gate and name, rows in the order of the batch's sequences.
+            nll: Summed negative log-likelihood of its predicted tokens, before and after.
 
         Raises:
             OutputError: If it cannot be written; what is finished stays.
         """
-        final = self._file(batch)
-        temporary = final.with_suffix(".tmp")
+        crc = 0
         try:
-            save_file(tensors, temporary)
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(final)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            for gate, file in self.files.items():
+                for name in ROW_TENSORS:
+                    rows = np.ascontiguousarray(tensors[gate][name])
+                    for row, part in batch.slices():
+                        file.write(name, row, rows[part])
+                    crc = zlib.crc32(rows.data.cast("B") if rows.size else b"", crc)
+            done = _Done(batch.number, nll, crc)
+            with (self.path / DONE).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(vars(done)) + "\n")
+        except OSError as error:
             raise OutputError(
                 self.path,
                 f"cannot be written ({error})",
                 fix="Free some room, then run the same command to go on.",
             ) from error
+        self._done[batch.number] = done
 
-    def read(self, batch: int) -> Tensors:
-        """A finished batch."""
-        try:
-            tensors: Tensors = load_file(self._file(batch))
-        except (OSError, SafetensorError) as error:
-            raise OutputError(self._file(batch), "damaged", found=error,
-                              fix="Pass --restart to start afresh.") from error  # fmt: skip
-        return tensors
+    def nll(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        """Summed over some finished batches, before and after; in order, whoever came first."""
+        lines = [self._done[batch.number].nll for batch in batches]
+        return sum(before for before, _ in lines), sum(after for _, after in lines)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
+        self.close()
         discard_work(self.path)
 
-    def _file(self, batch: int) -> Path:
-        return self.path / f"batch-{batch:05d}.safetensors"
+    def _checksum(self, batch: Batch) -> int:
+        crc = 0
+        for file in self.files.values():
+            for name in ROW_TENSORS:
+                for row, part in batch.slices():
+                    rows = file.read(name, row, part.stop - part.start)
+                    crc = zlib.crc32(rows.tobytes(), crc)
+        return crc
+
+    def _lines(self) -> Iterator[_Done]:
+        path = self.path / DONE
+        if not path.exists():
+            return
+        text = path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # the last line was being written
+            path.write_text(whole, encoding="utf-8")
+        yield from (_parse(path, line) for line in whole.splitlines())
+
+
+def _parse(path: Path, line: str) -> _Done:
+    try:
+        found = json.loads(line)
+        before, after = map(float, found["nll"])
+        return _Done(int(found["batch"]), (before, after), int(found["crc"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(path, "damaged", found=line[:60], fix=DAMAGED) from error
+
+
+def gate_file(gate: int) -> str:
+    """Name of a gate's file."""
+    return f"gate-{gate:02d}.safetensors"

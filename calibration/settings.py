@@ -18,8 +18,14 @@ from knnmoe.runtime.errors import SettingError
 
 Rate = Literal["relative", "absolute"]
 Precision = Literal["fp16", "fp32"]
+Objective = Literal["future", "next"]
+Gradient = Literal["plain", "straight-through"]
+Compute = Literal["fp32", "bf16", "fp16"]
 RATES: tuple[Rate, ...] = get_args(Rate)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+DTYPES: tuple[str, ...] = ("auto", *get_args(Compute))
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,14 @@ class BuildSettings:
         batch_tokens: Padded tokens a batch has room for.
         precision: Of the stored tensors.
         background_ratio: Entries of background text for each entry of reference text, at most.
+        objective: `future`: a token's vector is moved for all that follows; `next`: for the token
+            that follows it alone.
+        gradient: `plain` backpropagation, or `straight-through` the choice of experts.
+        deduplicate: Entries of one token whose keys have at least this cosine become one; None
+            keeps all.
+        device: To compute on: `auto` is a CUDA device if there is one, else the CPU; or as torch
+            names it.
+        dtype: To compute in: `auto` is fp32 on a CPU and bf16 elsewhere.
 
     Raises:
         SettingError: If a field is out of its range.
@@ -51,6 +65,11 @@ class BuildSettings:
     batch_tokens: int = 1024
     precision: Precision = "fp16"
     background_ratio: float = 1.0
+    objective: Objective = "future"
+    gradient: Gradient = "plain"
+    deduplicate: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         _check("steps", self.steps, 0, 1000)
@@ -60,10 +79,48 @@ class BuildSettings:
         _check("background ratio", self.background_ratio, 0, 1e3)
         if self.max_tokens is not None:
             _check("max tokens", self.max_tokens, 1, 1 << 40)
-        if self.rate not in RATES:
-            raise SettingError("rate", "unknown", expected=RATES, found=self.rate)
-        if self.precision not in PRECISIONS:
-            raise SettingError("precision", "unknown", expected=PRECISIONS, found=self.precision)
+        if self.deduplicate is not None:
+            _check("deduplicate", self.deduplicate, 0.5, 1)
+        for name, choices in (
+            ("rate", RATES),
+            ("precision", PRECISIONS),
+            ("objective", OBJECTIVES),
+            ("gradient", GRADIENTS),
+            ("dtype", DTYPES),
+        ):
+            if (found := getattr(self, name)) not in choices:
+                raise SettingError(name, "unknown", expected=choices, found=found)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who learns the batches; the result depends on `threads` at most.
+
+    Attributes:
+        count: Processes, each with the model in it; None learns in this process.
+        threads: Of each of them; None leaves torch its own.
+        ray: Whether they are Ray actors, on whatever machines Ray has, instead of processes.
+
+    Raises:
+        SettingError: If a number is out of its range.
+    """
+
+    count: int | None = None
+    threads: int | None = None
+    ray: bool = False
+
+    @staticmethod
+    def of(count: int | None, threads: int | None, *, ray: bool) -> Workers:
+        """As the command takes them: workers have one thread each if nothing else is said."""
+        if threads is None and (ray or count is not None):
+            threads = 1
+        return Workers(count, threads, ray)
+
+    def __post_init__(self) -> None:
+        if self.count is not None:
+            _check("workers", self.count, 1, 1 << 14)
+        if self.threads is not None:
+            _check("threads", self.threads, 1, 1 << 12)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,13 @@ class PackSummary:
 def summarize(pack: MemoryPack) -> PackSummary:
     """Read a pack's tensors, one gate at a time, and measure them."""
     origins = pack.read_origins()
-    documents = None if origins is None else origins.documents
-    return PackSummary(pack, tuple(_gate(pack, gate, documents) for gate in pack.gates))
+    return PackSummary(
+        pack,
+        tuple(
+            _gate(pack, gate, None if origins is None else origins.documents_of(gate.gate))
+            for gate in pack.gates
+        ),
+    )
 
 
 def _gate(pack: MemoryPack, gate: PackGate, documents: NDArray[np.int32] | None) -> GateSummary:

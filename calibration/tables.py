@@ -25,11 +25,17 @@ def print_build(report: BuildReport) -> None:
     """The outcome of a build, in a few lines."""
     pack, console = report.pack, output()
     background = f", {report.background_tokens:,} of them background"
+    fewest, most = min(report.entries.values()), max(report.entries.values())
+    entries = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     console.print(
-        f"{pack.path}: {pack.entries:,} entries in each of {len(pack.gates)} gates"
+        f"{pack.path}: {entries} entries in each of {len(pack.gates)} gates"
         f"{background if report.background_tokens else ''}, {readable_size(pack.bytes)}",
         markup=False,
     )
+    made = report.tokens + report.background_tokens
+    if fewest < made:
+        shares = ", ".join(f"{count / made:.0%}" for count in report.entries.values())
+        console.print(f"Near-identical entries were merged; left, by gate: {shares}")
     console.print(
         f"NLL of the reference text {report.nll_before:.4f} → {report.nll_after:.4f} nats a token"
         " with the logits learned for it"

@@ -20,7 +20,16 @@ from torch.nn import Module
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows it by
 from torch.overrides import TorchFunctionMode
 
-from knnmoe.runtime.errors import CheckpointError
+from knnmoe.runtime.errors import BackendError, CheckpointError
+
+from .credit import pass_over_choice, register_next_attention
+from .settings import Compute, Gradient, Objective
+
+DTYPES: dict[Compute, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 # gate, router input [T, D], router logits [T, E] → router logits [T, E] to go on with.
 Correction = Callable[[int, Tensor, Tensor], Tensor]
@@ -33,6 +42,8 @@ class Teacher:
 
     Args:
         model: The model; it is put into evaluation mode and its weights are frozen.
+        objective: `future`, or `next`: gradients do not go from a position to earlier ones.
+        gradient: `plain`, or `straight-through`: all experts are run while gradients are wanted.
 
     Attributes:
         num_gates: Gates, numbered in the order in which a forward pass meets them.
@@ -43,8 +54,14 @@ class Teacher:
         CheckpointError: If the model has no routers that can be opened.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, *, objective: Objective = "future", gradient: Gradient = "plain"
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self.passes_over_choice = gradient == "straight-through"
+        if objective == "next":
+            self.model.set_attn_implementation(register_next_attention())
         self._correct: Correction | None = None
         self._numbers: dict[Module, int] = {}
         self._routers = _find_routers(model)
@@ -53,15 +70,41 @@ class Teacher:
         widths = self._meet_gates()
         self.num_gates = len(self._numbers)
         self.hidden_size, self.num_experts = widths
+        if objective == "next":
+            self._check_own_positions()
 
     @staticmethod
-    def load(path: str | Path) -> Teacher:
-        """Load a checkpoint directory in fp32, from disk only and without running its code.
+    def load(
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: Compute = "fp32",
+        objective: Objective = "future",
+        gradient: Gradient = "plain",
+    ) -> Teacher:
+        """Load a checkpoint directory, from disk only and without running its code.
+
+        Args:
+            path: The directory.
+            device: As torch names it.
+            dtype: To compute in.
+            objective: See `Teacher`.
+            gradient: See `Teacher`.
 
         Raises:
-            CheckpointError: If transformers cannot load it whole, or its routers cannot be opened.
+            CheckpointError: If transformers cannot load it whole, its routers cannot be opened, or
+                it is not made for the objective or the gradient.
+            BackendError: If the device is not there, or too small.
         """
-        return Teacher(_load_model(Path(path)))
+        model = _load_model(Path(path), DTYPES[dtype], device)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise BackendError(
+                f"device {device}", f"cannot hold the model ({_first_line(error)})",
+                fix="Choose another --device, or --dtype bf16.",
+            ) from error  # fmt: skip
+        return Teacher(model, objective=objective, gradient=gradient)
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +138,7 @@ class Teacher:
             return logits
 
         with torch.no_grad():
-            self.logits(torch.zeros(1, 1, dtype=torch.long), note)
+            self.logits(torch.zeros(1, 1, dtype=torch.long, device=self.device), note)
         if len(widths) != 1:
             raise CheckpointError(
                 type(self.model).__name__,
@@ -104,6 +147,24 @@ class Teacher:
                 found=sorted(widths),
             )
         return widths.pop()
+
+    def _check_own_positions(self) -> None:
+        """Whether no gradient goes from one position to another, on five tokens."""
+        deltas: list[Tensor] = []
+
+        def record(gate: int, x: Tensor, logits: Tensor) -> Tensor:
+            deltas.append(torch.zeros_like(logits).requires_grad_())
+            return logits + deltas[-1]
+
+        tokens = torch.arange(5, device=self.device)[None] % self.vocab_size
+        last = self.logits(tokens, record)[0, -1].float().log_softmax(-1)[0]
+        if any(bool(slope[:-1].any()) for slope in torch.autograd.grad(last, deltas)):
+            raise CheckpointError(
+                type(self.model).__name__,
+                "its layers pass gradients between positions in a way that cannot be opened",
+                expected="attention as transformers makes it exchangeable",
+                fix="Build with --objective future.",
+            )
 
     def _number(self, router: Module) -> int:
         return self._numbers.setdefault(router, len(self._numbers))
@@ -125,6 +186,7 @@ class _OpenedLinear(TorchFunctionMode):
         super().__init__()
         self.call = call
         self.seen = 0
+        self.logits: Tensor | None = None
 
     def __torch_function__(
         self,
@@ -138,7 +200,8 @@ class _OpenedLinear(TorchFunctionMode):
             return result
         self.seen += 1
         rows = result.reshape(-1, result.shape[-1])
-        return self.call.correct(self.call.gate, self.call.router_input, rows).view_as(result)
+        self.logits = self.call.correct(self.call.gate, self.call.router_input, rows)
+        return self.logits.view_as(result)
 
 
 def _opened(
@@ -154,7 +217,7 @@ def _opened(
         mode = _OpenedLinear(_Call(teacher._number(router), x, correct))
         with mode:
             result = forward(hidden, *args, **kwargs)
-        if mode.seen != 1:
+        if mode.seen != 1 or mode.logits is None:
             raise CheckpointError(
                 f"{type(router).__name__} at {name}",
                 "this router's logits cannot be opened",
@@ -162,6 +225,8 @@ def _opened(
                 found=mode.seen,
                 fix="This architecture needs support of its own.",
             )
+        if teacher.passes_over_choice and torch.is_grad_enabled():
+            return pass_over_choice(mode.logits, result)
         return result
 
     return corrected
@@ -188,7 +253,7 @@ def _find_routers(model: Any) -> dict[str, Module]:
     return routers
 
 
-def _load_model(path: Path) -> Any:
+def _load_model(path: Path, dtype: torch.dtype, device: str) -> Any:
     import transformers
 
     loader: Any = transformers.AutoModelForCausalLM
@@ -200,7 +265,7 @@ def _load_model(path: Path) -> Any:
     try:
         model, report = loader.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -224,8 +289,10 @@ def _load_model(path: Path) -> Any:
             found=", ".join(absent[:5]),
             fix="Download the checkpoint again.",
         )
-    # Of the implementations that transformers offers this is the fastest on a CPU.
-    if model._can_set_experts_implementation():
+    # Of the implementations that transformers offers this is the fastest on a CPU; a GPU keeps the
+    # grouped products, which are made for bf16.
+    grouped = device.startswith("cuda") and dtype == torch.bfloat16
+    if not grouped and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model
 

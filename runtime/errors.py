@@ -35,6 +35,9 @@ class KnnMoeError(Exception):
         self.fix = fix
         super().__init__(self._sentence())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.to_json())  # from another process
+
     def _sentence(self) -> str:
         parts = [f"{self.where}: {self.problem}"]
         if self.expected is not None:
@@ -54,6 +57,11 @@ class KnnMoeError(Exception):
             "found": self.found,
             "fix": self.fix,
         }
+
+
+def _restored(kind: type[KnnMoeError], stated: dict[str, Any]) -> KnnMoeError:
+    fields = {name: stated[name] for name in ("expected", "found", "fix")}
+    return kind(stated["where"], stated["problem"], **fields)
 
 
 class CheckpointError(KnnMoeError):

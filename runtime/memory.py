@@ -7,7 +7,7 @@ schema, paths, sizes, hashes, shapes, finite numbers, and that it belongs to the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from .pack_files import (
     REBUILD,
     PackFile,
     check_file,
+    link_tensors,
     read_tensors,
     write_manifest,
     write_tensors,
@@ -83,11 +84,38 @@ class GateEntries:
 
 @dataclass(frozen=True)
 class EntryOrigins:
-    """Where each entry came from, [N] int32 each: token id, document, position in it."""
+    """Where each entry came from, [N] int32 each: token id, document, position in it.
+
+    Attributes:
+        token_ids: Token ids.
+        documents: Documents; those of background text count down from -1.
+        positions: Positions in them.
+        merged: Of gates in which near-identical entries became one: the row above of each entry's
+            first member, [N'] int32.
+    """
 
     token_ids: NDArray[np.int32]
     documents: NDArray[np.int32]
     positions: NDArray[np.int32]
+    merged: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
+
+    def documents_of(self, gate: int) -> NDArray[np.int32]:
+        """The document of each entry of a gate."""
+        rows = self.merged.get(gate)
+        return self.documents if rows is None else self.documents[rows]
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """A file of a pack that is finished already, elsewhere on the disk.
+
+    Attributes:
+        path: The file; it stays where it is.
+        rows: Its entries.
+    """
+
+    path: Path
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +143,7 @@ class MemoryPack:
     gates: tuple[PackGate, ...]
     origins: PackFile | None
     provenance: Mapping[str, Any]
+    origin_rows: int = 0
 
     @staticmethod
     def open(path: str | Path, *, verify: bool = True) -> MemoryPack:
@@ -164,8 +193,26 @@ class MemoryPack:
         """Where the entries came from, or None if the pack does not say."""
         if self.origins is None:
             return None
-        shapes = dict.fromkeys(("token_ids", "documents", "positions"), (self.entries,))
-        return EntryOrigins(**read_tensors(self.path / self.origins.file, shapes, ("I32",)))
+        path = self.path / self.origins.file
+        shapes = dict.fromkeys(("token_ids", "documents", "positions"), (self.origin_rows,))
+        merged = [gate for gate in self.gates if gate.entries < self.origin_rows]
+        for gate in merged:
+            names = (f"rows_{gate.gate:02d}", f"counts_{gate.gate:02d}")
+            shapes |= dict.fromkeys(names, (gate.entries,))
+        tensors = read_tensors(path, shapes, ("I32",))
+        rows = {gate.gate: tensors.pop(f"rows_{gate.gate:02d}") for gate in merged}
+        for gate in merged:
+            del tensors[f"counts_{gate.gate:02d}"]
+            found = rows[gate.gate]
+            if found.min() < 0 or found.max() >= self.origin_rows:
+                raise MemoryPackError(
+                    path,
+                    f"rows_{gate.gate:02d} names rows that are not there",
+                    expected=f"0 to {self.origin_rows - 1}",
+                    found=f"{found.min()} to {found.max()}",
+                    fix=REBUILD,
+                )
+        return EntryOrigins(**tensors, merged=rows)
 
     def with_settings(
         self,
@@ -256,19 +303,20 @@ def write_pack(
     path: str | Path,
     *,
     model: ModelIdentity,
-    gates: Mapping[int, GateEntries],
+    gates: Mapping[int, GateEntries] | Mapping[int, StoredTensors],
     variant: Variant,
     neighbors: int,
     similarity: Similarity,
     calibration: Calibration | Mapping[int, Calibration],
-    origins: EntryOrigins | None,
+    origins: EntryOrigins | StoredTensors | None,
     provenance: Mapping[str, Any],
     overwrite: bool = False,
 ) -> MemoryPack:
     """Write a memory pack and return it opened.
 
     Args:
-        gates: Entries by gate; gates without any are left to the frozen router.
+        gates: Entries by gate, in memory or in files; gates without any are left to the frozen
+            router. What is in a file is not looked at.
         calibration: For all gates, or by gate.
 
     Raises:
@@ -278,7 +326,10 @@ def write_pack(
     if not gates:
         raise MemoryPackError(path, "no gate has entries", fix="Use a longer reference text.")
     check_neighbors(neighbors)
-    for gate, entries in gates.items():
+    written: Mapping[int, GateEntries | StoredTensors] = dict(gates)
+    for gate, entries in written.items():
+        if isinstance(entries, StoredTensors):
+            continue
         if len(entries.keys) == 0:
             raise MemoryPackError(
                 path, f"gate {gate} has no entries", fix="Use a longer reference text."
@@ -292,18 +343,21 @@ def write_pack(
                 )
     with new_directory(Path(path), overwrite=overwrite) as target:
         stated = []
-        for gate, entries in sorted(gates.items()):
+        for gate, entries in sorted(written.items()):
             numbers = calibration if isinstance(calibration, Calibration) else calibration[gate]
-            stored = write_tensors(target, f"gate-{gate:02d}.safetensors", vars(entries))
+            name = f"gate-{gate:02d}.safetensors"
+            if isinstance(entries, StoredTensors):
+                stored, count = link_tensors(target, name, entries.path), entries.rows
+            else:
+                stored, count = write_tensors(target, name, vars(entries)), len(entries.keys)
             stated.append(
                 {
                     "gate": gate,
                     **asdict(stored),
-                    "entries": len(entries.keys),
+                    "entries": count,
                     "calibration": numbers.to_json(),
                 }
             )
-        written = write_tensors(target, ENTRIES, vars(origins)) if origins else None
         write_manifest(
             target,
             {
@@ -313,11 +367,23 @@ def write_pack(
                 "neighbors": neighbors,
                 "similarity": similarity,
                 "gates": stated,
-                "entries": asdict(written) if written else None,
+                "entries": _write_origins(target, origins),
                 "provenance": dict(provenance),
             },
         )
     return MemoryPack.open(path)
+
+
+def _write_origins(
+    target: Path, origins: EntryOrigins | StoredTensors | None
+) -> dict[str, Any] | None:
+    if origins is None:
+        return None
+    if isinstance(origins, StoredTensors):
+        linked = link_tensors(target, ENTRIES, origins.path)
+        return {**asdict(linked), "rows": origins.rows}
+    columns = {name: getattr(origins, name) for name in ("token_ids", "documents", "positions")}
+    return asdict(write_tensors(target, ENTRIES, columns))
 
 
 def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryPack:
@@ -348,6 +414,9 @@ def _parse(root: Path, top: Fields) -> MemoryPack:
         raise top.wrong(
             "gates", "must be listed once each, in order, at least one", found=numbers[:10]
         )
+    rows = max(gate.entries for gate in gates)
+    if top.has("entries") and top.object("entries").has("rows"):
+        rows = top.object("entries").integer("rows", rows, MAX_DIMENSION)
     variant = top.text("variant", choices=VARIANTS)
     similarity = top.text("similarity", choices=SIMILARITIES)
     return MemoryPack(
@@ -359,6 +428,7 @@ def _parse(root: Path, top: Fields) -> MemoryPack:
         gates=gates,
         origins=_parse_file(top.object("entries")) if top.has("entries") else None,
         provenance=top.object("provenance").content,
+        origin_rows=rows,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,17 @@ def write_tensors(directory: Path, name: str, tensors: Mapping[str, NDArray[Any]
     """Write tensors as one safetensors file of a directory and state it."""
     path = directory / name
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
+    stated = describe_file(path)
+    return PackFile(name, stated.sha256, stated.size)
+
+
+def link_tensors(directory: Path, name: str, source: Path) -> PackFile:
+    """Link (or copy) a finished safetensors file into a directory and state it."""
+    path = directory / name
+    try:
+        os.link(source, path)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, path)
     stated = describe_file(path)
     return PackFile(name, stated.sha256, stated.size)
 

@@ -93,6 +93,18 @@ class Tokenizer:
             raise InputError(where, "gives no tokens", found=repr(text[:40]))
         return ids
 
+    def encode_with_offsets(
+        self, text: str, *, special: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text that may be a part of one, and the characters [from, to) of each.
+
+        Args:
+            text: Unicode; nothing is checked.
+            special: Whether to add the special tokens that the tokenizer adds by itself.
+        """
+        encoded = self._backend.encode(text, add_special_tokens=special)
+        return encoded.ids, encoded.offsets
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; incomplete characters become U+FFFD."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)

@@ -206,15 +206,19 @@ def test_a_build_may_be_used_in_any_variant(build: Build, tmp_path: Path) -> Non
     for gate, found in zip(pack.gates, entries(pack).values(), strict=True):
         numbers = gate.calibration
         assert (numbers.interpolate, numbers.mean, numbers.weight_power) == (1, 0, 1)
-        assert numbers.gamma == pytest.approx(median_gamma(found.keys))
+        assert numbers.gamma == pytest.approx(gamma(found.keys))
+
+
+def gamma(keys: np.ndarray) -> float:
+    return median_gamma(len(keys), keys.__getitem__)
 
 
 def test_gamma_makes_two_unrelated_entries_similar_by_one_over_e() -> None:
     keys = np.random.default_rng(0).normal(size=(400, 10)).astype(np.float16)
     squares = ((keys[:200].astype(float) - keys[200:].astype(float)) ** 2).sum(1)
-    assert np.median(np.exp(-median_gamma(keys) * squares)) == pytest.approx(np.exp(-1), abs=0.03)
-    assert median_gamma(np.ones((5, 3), np.float16)) == 1
-    assert median_gamma(np.ones((1, 3), np.float16)) == 1
+    assert np.median(np.exp(-gamma(keys) * squares)) == pytest.approx(np.exp(-1), abs=0.03)
+    assert gamma(np.ones((5, 3), np.float16)) == 1
+    assert gamma(np.ones((1, 3), np.float16)) == 1
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         build(pack, background=[background], progress=interrupt)
     assert not pack.exists()
-    assert len(list(work_directory(pack).glob("batch-*"))) == 2
+    assert len((work_directory(pack) / "done.jsonl").read_text().splitlines()) == 2
     again: list[int] = []
     build(pack, background=[background], progress=lambda done, total: again.append(done))
     assert again[0] == reports[-1] > 0  # it did not start over
@@ -408,14 +412,51 @@ def test_restart_discards_what_was_interrupted(build: Build, tmp_path: Path) -> 
     assert files(again.pack.path) == files(fresh.pack.path)
 
 
-def test_a_damaged_work_directory_is_refused(build: Build, tmp_path: Path) -> None:
+def test_a_batch_whose_rows_were_damaged_is_learned_again(
+    build: Build, background: Path, built: BuildReport, tmp_path: Path
+) -> None:
+    partial = interrupted(build, tmp_path / "pack", background=[background])
+    gate = partial / "gate-01.safetensors"
+    content = gate.read_bytes()
+    written = max(at for at, byte in enumerate(content) if byte)
+    gate.write_bytes(content[: written - 1] + b"\x55" + content[written:])
+    reports: list[int] = []
+    build(
+        tmp_path / "pack",
+        background=[background],
+        progress=lambda done, total: reports.append(done),
+    )
+    assert reports[0] == 0
+    assert files(tmp_path / "pack") == files(built.pack.path)
+
+
+def test_a_line_that_was_being_written_does_not_count(
+    build: Build, background: Path, built: BuildReport, tmp_path: Path
+) -> None:
+    partial = interrupted(build, tmp_path / "pack", background=[background])
+    done = partial / "done.jsonl"
+    done.write_text(done.read_text() + done.read_text()[:-2])
+    build(tmp_path / "pack", background=[background])
+    assert files(tmp_path / "pack") == files(built.pack.path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("gate-01.safetensors", "nonsense", r"gate-01.*damaged.*--restart"),
+        ("done.jsonl", "nonsense\n", r"done\.jsonl.*damaged.*--restart"),
+        ("done.jsonl", '{"batch": 999, "nll": [1, 1], "crc": 0}\n', r"damaged.*999.*--restart"),
+        ("job.json", "{", r"job\.json.*--restart"),
+    ],
+)
+def test_a_damaged_work_directory_is_refused(
+    build: Build, tmp_path: Path, file: str, content: str, message: str
+) -> None:
     partial = interrupted(build, tmp_path / "pack")
-    next(partial.glob("batch-*")).write_bytes(b"nonsense")
-    with pytest.raises(OutputError, match=r"damaged.*--restart"):
+    (partial / file).write_text(content)
+    with pytest.raises(OutputError, match=message):
         build(tmp_path / "pack")
-    (partial / "job.json").write_text("{")
-    with pytest.raises(OutputError, match=r"job\.json.*--restart"):
-        build(tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
 
 
 def test_a_file_in_the_way_of_the_work_directory_is_not_touched(

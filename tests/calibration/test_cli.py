@@ -13,7 +13,15 @@ from click.testing import CliRunner, Result
 
 from knnmoe.calibration import calibrate as calibrate_module
 from knnmoe.calibration.cli import memory
-from knnmoe.calibration.settings import PRECISIONS, RATES, BuildSettings, UseSettings
+from knnmoe.calibration.settings import (
+    DTYPES,
+    GRADIENTS,
+    OBJECTIVES,
+    PRECISIONS,
+    RATES,
+    BuildSettings,
+    UseSettings,
+)
 from knnmoe.runtime.calibration import SIMILARITIES, VARIANTS
 from knnmoe.runtime.memory import MemoryPack
 
@@ -91,12 +99,12 @@ def test_an_interrupt_says_how_to_go_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from knnmoe.calibration import build as build_module
+    from knnmoe.calibration import learners
 
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "learn", interrupt)
+    monkeypatch.setattr(learners, "learn", interrupt)
     result = call("build", tiny_checkpoint, reference, tmp_path / "pack")
     assert result.exit_code == 130
     assert "same command again" in result.stderr
@@ -180,6 +188,8 @@ def test_options_and_settings_agree() -> None:
     assert set(options["similarity"].type.choices) == set(SIMILARITIES)  # type: ignore[attr-defined]
     assert set(options["rate"].type.choices) == set(RATES)  # type: ignore[attr-defined]
     assert set(options["precision"].type.choices) == set(PRECISIONS)  # type: ignore[attr-defined]
+    for name, choices in (("objective", OBJECTIVES), ("gradient", GRADIENTS), ("dtype", DTYPES)):
+        assert options[name].type.choices == choices  # type: ignore[attr-defined]
     arguments = ["bundle", "pack", "--domain", "d", "--general", "g"]
     assert (
         calibrate.make_context("calibrate", arguments).params["max_tokens"]
