@@ -236,9 +236,7 @@ class _Writer:
             if document.rendered:
                 spans.append(span)
             elif span.text:
-                ids, _ = self.tokenizer.encode_with_offsets(
-                    span.text, special=self.written == first
-                )
+                ids = self.tokenizer.encode_part(span.text, first=self.written == first)
                 self._append(document, ids, np.full(len(ids), span.credited))
         if document.rendered:
             self._append(document, *_encode_rendered(self.tokenizer, spans))
@@ -250,7 +248,6 @@ class _Writer:
 
     def corpus(self, files: tuple[Reference, ...]) -> Corpus:
         """What was added."""
-        self.credits.write(b"\0")  # so that every sequence ends before the end
         self.credits.flush()
         self.tokens.flush()
         index = SequenceIndex(**{name: np.array(column) for name, column in self.index.items()})
@@ -259,8 +256,12 @@ class _Writer:
         tokens = np.memmap(self.tokens, np.int32, mode="r")
         credited = np.memmap(self.credits, np.uint8, mode="r")
         if len(index):
-            bounds = np.stack([index.starts + 1, index.starts + index.lengths], axis=1).ravel()
-            targets = np.add.reduceat(credited, bounds, dtype=np.int64)[::2]
+            ends = (index.starts + index.lengths).tolist()
+            counts = (
+                np.count_nonzero(credited[first + 1 : end])
+                for first, end in zip(index.starts.tolist(), ends, strict=True)
+            )
+            targets = np.fromiter(counts, np.int64, len(index))
             index = replace(index, targets=targets).at(np.flatnonzero(targets))
         return Corpus(tokens, credited, index, files, self.digest.hexdigest())
 
@@ -291,9 +292,7 @@ def _encode_rendered(
     tokenizer: Tokenizer, spans: Sequence[Span]
 ) -> tuple[list[int], NDArray[np.bool_]]:
     """Spans as one text for the tokenizer; a token belongs to the span that it begins in."""
-    ids, offsets = tokenizer.encode_with_offsets(
-        "".join(span.text for span in spans), special=False
-    )
+    ids, offsets = tokenizer.encode_with_offsets("".join(span.text for span in spans))
     ends = np.cumsum([len(span.text) for span in spans])
     begins = np.array([begin for begin, _ in offsets], np.int64)
     inside = np.minimum(np.searchsorted(ends, begins, side="right"), len(spans) - 1)

@@ -93,16 +93,22 @@ class Tokenizer:
             raise InputError(where, "gives no tokens", found=repr(text[:40]))
         return ids
 
-    def encode_with_offsets(
-        self, text: str, *, special: bool
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a text that may be a part of one, and the characters [from, to) of each.
+    def encode_part(self, text: str, *, first: bool) -> list[int]:
+        """Token ids of a part of a text; nothing is checked.
 
         Args:
-            text: Unicode; nothing is checked.
-            special: Whether to add the special tokens that the tokenizer adds by itself.
+            text: Unicode.
+            first: Whether to add the special tokens that the tokenizer adds by itself.
         """
-        encoded = self._backend.encode(text, add_special_tokens=special)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=first).ids
+        return ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text with its special tokens in it, and the characters of each: from, to.
+
+        Nothing is added and nothing is checked.
+        """
+        encoded = self._backend.encode(text, add_special_tokens=False)
         return encoded.ids, encoded.offsets
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,16 @@ def test_the_hash_knows_what_is_credited_and_not_how_it_is_packed(
     ]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
+
+
+def test_a_long_file_never_lies_in_memory_as_a_whole(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references_module, "PIECE_BYTES", 1 << 14)
+    (tmp_path / "a.txt").write_text("a line like every other one\n" * 40_000)
+    tracemalloc.start()
+    corpus = read(tokenizer, tmp_path / "a.txt", max_length=256)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert corpus.targets > 1_000_000
+    assert peak < 3 << 20  # as a list of tokens it would take nine megabytes
