@@ -269,6 +269,7 @@ def _load_model(path: Path, dtype: torch.dtype, device: str) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            quantization_config=_quantization(path),
         )
     except Exception as error:  # many kinds are raised for a broken directory
         raise CheckpointError(
@@ -295,6 +296,18 @@ def _load_model(path: Path, dtype: torch.dtype, device: str) -> Any:
     if not grouped and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model
+
+
+def _quantization(path: Path) -> Any:
+    """What has transformers dequantise experts in MXFP4 as it loads them; None for others."""
+    import transformers
+
+    library: Any = transformers  # whose types do not say what it exports
+    config, _ = library.PretrainedConfig.get_config_dict(path, local_files_only=True)
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict) or stated.get("quant_method") != "mxfp4":
+        return None
+    return library.Mxfp4Config(dequantize=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,9 +13,11 @@ from knnmoe.runtime.errors import CheckpointError, SettingError
 from knnmoe.runtime.routing import RoutingRule
 
 from .config import NOT_DESCRIBED, Config
+from .mxfp4 import BLOCK, is_mxfp4, is_packed, packed_shapes
 from .rope import Rope, read_rope
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
+PACKED_DTYPES = ("U8",)  # of MXFP4's blocks and scales
 HEAD_SIZE_MULTIPLE = 16  # of ONNX Runtime's GroupQueryAttention, where it rotates
 
 
@@ -24,7 +26,8 @@ class TensorNames:
     """Templates of the tensors' names; `{layer}` and `{expert}` are filled in.
 
     Shapes are those of the Hugging Face layout: a linear layer is [out, in]. What a family does not
-    have is None.
+    have is None. Experts have three tensors each (`expert_*`), or a layer's are stacked
+    (`stacked_*`), each [in, out].
     """
 
     embedding: str
@@ -35,9 +38,9 @@ class TensorNames:
     output: str
     router_norm: str  # of a dense layer as well, where no router reads it
     router: str
-    expert_gate: str
-    expert_up: str
-    expert_down: str
+    expert_gate: str | None
+    expert_up: str | None
+    expert_down: str | None
     final_norm: str
     head: str
     query_norm: str | None = None
@@ -48,6 +51,10 @@ class TensorNames:
     output_bias: str | None = None
     sinks: str | None = None  # [heads]: scores of a token that adds nothing
     router_bias: str | None = None
+    stacked_gate_up: str | None = None  # [E, D, 2F], gate and up taking turns
+    stacked_gate_up_bias: str | None = None  # [E, 2F]
+    stacked_down: str | None = None  # [E, F, D]
+    stacked_down_bias: str | None = None  # [E, D]
     dense_gate: str | None = None
     dense_up: str | None = None
     dense_down: str | None = None
@@ -97,9 +104,26 @@ class ConfigNames:
     rotated_share: str | None = None  # of a head: the rest of it knows no position
     further_layers: str | None = None  # how many follow that predict more tokens; left out
     layer_kinds: str | None = None  # a list of `SLIDING` and `FULL`; other layers are refused
+    swiglu_alpha: str | None = None
+    swiglu_limit: str | None = None
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """What an expert makes of gate and up: gate · σ(alpha · gate) · (up + shift).
+
+    Attributes:
+        alpha, shift: Of the formula; as they are here it is silu(gate) · up.
+        limit: Before that, gate is cut off above it, and up above it and below its negative; None
+            for no limit.
+    """
+
+    alpha: float = 1.0
+    shift: float = 0.0
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,9 @@ class Family:
         methods: Ways to select experts by the config's word for them, and whether they mind the
             groups; others are refused.
         activation: Of its experts: act(gate) · up.
+        swiglu_shift: What is added to up before the product; see `Swiglu`.
+        alternating_windows: Whether every other layer has a window, from the first on, where no
+            list of the config's says which.
         head_norms: Whether the norms of query and key are over each head, not over all of them.
         free_head_size: Whether the config may state a head size that is not D over the heads.
         config: Names of the entries of its config.
@@ -134,6 +161,8 @@ class Family:
     renormalize: bool = False
     methods: tuple[tuple[str, bool], ...] = ()
     activation: str = "silu"
+    swiglu_shift: float = 0.0
+    alternating_windows: bool = False
     head_norms: bool = False
     free_head_size: bool = False
     config: ConfigNames = field(default_factory=ConfigNames)
@@ -158,7 +187,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A checkpoint's sizes and constants, checked; `shape` and `routing` go into the manifest."""
+    """A checkpoint's sizes and constants, checked; `shape` and `routing` go into the manifest.
+
+    `mxfp4` says whether the checkpoint's experts are in that format; no bundle has them so.
+    """
 
     family: Family
     shape: ModelShape
@@ -175,6 +207,8 @@ class Architecture:
     rope: Rope
     clip_qkv: float | None
     tied_head: bool
+    swiglu: Swiglu = Swiglu()  # of the experts behind a gate
+    mxfp4: bool = False
 
     @property
     def query_width(self) -> int:
@@ -190,6 +224,11 @@ class Architecture:
     def gate_layers(self) -> tuple[int, ...]:
         """The layer of each gate."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.gate is not None)
+
+    @property
+    def expert_biases(self) -> bool:
+        """Whether the experts' linear maps have biases."""
+        return self.family.tensors.stacked_gate_up_bias is not None
 
     @property
     def output_bias(self) -> bool:
@@ -234,10 +273,14 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
     """
     config = Config(content, where, family.defaults, family.aliases)
     names = family.config
+    mxfp4 = is_mxfp4(config, known=family.tensors.stacked_gate_up is not None)
+    for name in (names.hidden_size, names.expert_width) if mxfp4 else ():
+        if config.count(name) % BLOCK:
+            raise config.wrong(name, "is not in whole blocks of MXFP4", f"a multiple of {BLOCK}")
     hidden = config.count(names.hidden_size)
     heads = config.count(names.num_heads)
     kv_heads = config.count(names.num_kv_heads, default=heads)
-    layers = _layers(config, names)
+    layers = _layers(config, family)
     gates = sum(layer.gate is not None for layer in layers)
     experts = config.count(names.num_experts)
     head_size = _head_size(config, family, hidden, heads)
@@ -281,6 +324,12 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         rope=rope,
         clip_qkv=_clip(config, names.clip_qkv),
         tied_head=config.flag(names.tied_head),
+        swiglu=Swiglu(
+            alpha=config.positive(names.swiglu_alpha) if names.swiglu_alpha else 1.0,
+            shift=family.swiglu_shift,
+            limit=config.positive(names.swiglu_limit) if names.swiglu_limit else None,
+        ),
+        mxfp4=mxfp4,
     )
 
 
@@ -370,21 +419,45 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
 def expected_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor that a checkpoint of this architecture has, with its shape."""
     names, shape = architecture.family.tensors, architecture.shape
-    hidden, width = shape.hidden_size, architecture.expert_width
+    hidden = shape.hidden_size
     yield names.embedding, (shape.vocab_size, hidden)
     yield names.final_norm, (hidden,)
     if not architecture.tied_head:
         yield names.head, (shape.vocab_size, hidden)
-    per_expert = {
-        names.expert_gate: (width, hidden),
-        names.expert_up: (width, hidden),
-        names.expert_down: (hidden, width),
-    }
     for index, layer in enumerate(architecture.layers):
         yield from layer_tensors(architecture, index).items()
-        for expert in range(shape.num_experts if layer.gate is not None else 0):
-            for template, size in per_expert.items():
-                yield template.format(layer=index, expert=expert), size
+        if layer.gate is not None:
+            yield from _expert_tensors(architecture, index)
+
+
+def _expert_tensors(
+    architecture: Architecture, layer: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of the experts of one layer, with their shapes."""
+    names, count = architecture.family.tensors, architecture.shape.num_experts
+    hidden, width = architecture.shape.hidden_size, architecture.expert_width
+    for expert in range(count):
+        for template, size in (
+            (names.expert_gate, (width, hidden)),
+            (names.expert_up, (width, hidden)),
+            (names.expert_down, (hidden, width)),
+        ):
+            if template is not None:
+                yield template.format(layer=layer, expert=expert), size
+    for template, inside, out in (
+        (names.stacked_gate_up, hidden, 2 * width),
+        (names.stacked_down, width, hidden),
+    ):
+        if template is not None and architecture.mxfp4:
+            yield from packed_shapes(template.format(layer=layer), (count, out), inside)
+        elif template is not None:
+            yield template.format(layer=layer), (count, inside, out)
+    for template, out in (
+        (names.stacked_gate_up_bias, 2 * width),
+        (names.stacked_down_bias, hidden),
+    ):
+        if template is not None:
+            yield template.format(layer=layer), (count, out)
 
 
 def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -408,11 +481,12 @@ def _check_tensors(checkpoint: Checkpoint, architecture: Architecture) -> None:
                 found=list(entry.shape),
                 fix="Use the config.json that belongs to these weights.",
             )
-        if entry.dtype not in WEIGHT_DTYPES:
+        dtypes = PACKED_DTYPES if architecture.mxfp4 and is_packed(name) else WEIGHT_DTYPES
+        if entry.dtype not in dtypes:
             raise CheckpointError(
                 where,
                 "has a dtype that cannot be exported",
-                expected=" or ".join(WEIGHT_DTYPES),
+                expected=" or ".join(dtypes),
                 found=entry.dtype,
                 fix="Convert the checkpoint to float32, float16 or bfloat16.",
             )
@@ -487,8 +561,9 @@ def _attention_bias(config: Config, family: Family) -> bool:
     return config.flag(name)
 
 
-def _layers(config: Config, names: ConfigNames) -> tuple[Layer, ...]:
+def _layers(config: Config, family: Family) -> tuple[Layer, ...]:
     """Which layers have a gate, and how far each one's queries see."""
+    names = family.config
     count = config.count(names.num_layers)
     if count > MAX_GATES:
         raise config.wrong(names.num_layers, "is too large", f"at most {MAX_GATES}")
@@ -496,7 +571,7 @@ def _layers(config: Config, names: ConfigNames) -> tuple[Layer, ...]:
     if names.first_dense is not None:
         dense |= set(range(config.natural(names.first_dense)))
     step = config.count(names.sparse_step) if names.sparse_step else 1
-    windows = _windows(config, names, count)
+    windows = _windows(config, family, count)
     layers: list[Layer] = []
     gates = 0
     for index, window in enumerate(windows):
@@ -509,8 +584,9 @@ def _layers(config: Config, names: ConfigNames) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _windows(config: Config, names: ConfigNames, count: int) -> list[int | None]:
+def _windows(config: Config, family: Family, count: int) -> list[int | None]:
     """The window of each layer."""
+    names = family.config
     name = names.window
     used = name is not None and config.raw(name) is not None
     if names.window_switch is not None and not config.flag(names.window_switch):
@@ -529,4 +605,6 @@ def _windows(config: Config, names: ConfigNames, count: int) -> list[int | None]
         if type(end) is not int or end < 0:
             raise config.wrong(names.window_end, "malformed", "a whole number")
         return [window if index % 2 == 0 and index < end else None for index in range(count)]
+    if family.alternating_windows:
+        return [window if index % 2 == 0 else None for index in range(count)]
     return [window] * count

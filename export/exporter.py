@@ -151,7 +151,6 @@ def plan_export(
     """Check a checkpoint and say what its bundle would hold; arguments and errors of `export`."""
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     refuse_remote_code(source)
-    _refuse_quantized(source)
     refuse_packed(source)
     architecture = describe(source, family_of(source))
     room = _experts_per_token(architecture, experts_per_token)
@@ -397,21 +396,6 @@ def _lower_quantized(
 ) -> Lowering:
     return QuantizedOrtLowering(
         g, plan.architecture, plan.stored, plan.experts_per_token, quantization
-    )
-
-
-def _refuse_quantized(source: Checkpoint) -> None:
-    """Only weights as they were trained can be exported: those of others mean something else."""
-    found = source.config.get("quantization_config")
-    if found is None:
-        return
-    method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-    raise CheckpointError(
-        f"{source.path / CONFIG}: quantization_config",
-        "the checkpoint is quantised already, and its weights cannot be read as they are",
-        expected="weights in float32, float16 or bfloat16",
-        found=str(method)[:100],
-        fix="Export the checkpoint it was made from, with --precision int8 or int4.",
     )
 
 

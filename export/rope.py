@@ -120,7 +120,9 @@ def read_rope(
         kind = found.get("rope_type", found.get("type", "default"))
         if kind == "yarn":
             yarn = _yarn(config, config.inside(name), max_positions)
-        elif kind != "default":
+        elif kind == "default":
+            yarn = None
+        else:
             raise config.wrong(
                 name, "asks for a scaling that is not supported", "rope_type default or yarn"
             )

@@ -29,8 +29,9 @@ _EXPERTS = ("gate_up", "down")
 _PROJECTIONS = (
     "qkv", "output", "dense_gate_up", "dense_down", "shared_gate_up", "shared_down",
 )  # fmt: skip
-# What decides which experts are taken stays fp32, as do the small vectors; and the rotary tables.
-_KEPT = ("router", "shared_router", "cos", "sin")
+# What decides which experts are taken stays fp32, as do the small vectors and those of all experts;
+# and the rotary tables.
+_KEPT = ("router", "shared_router", "gate_up_bias", "down_bias", "cos", "sin")
 _HEAD, _EMBEDDING = "head", "embedding"
 
 # For who has the weights by other names. Fields of a family's `TensorNames` → part; then the stacks

@@ -13,6 +13,7 @@ rounding makes must stay below `ACTIVATION_BOUND`.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.bundle import FROZEN, Bundle
+from knnmoe.runtime.checkpoint import CONFIG
 from knnmoe.runtime.engines.requirements import check_onnxruntime
 from knnmoe.runtime.errors import BackendError, VerificationError
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.selection_bias import read_selection_biases
 
 from .families import FAMILIES
+from .mxfp4 import ENTRY
 from .storage import EXPERT_PARTS, FIELD_PARTS, Storage
 
 TOLERANCE = 1e-4
@@ -379,8 +382,13 @@ def _reference(
 
     silence: Callable[[], None] = logging.disable_progress_bar
     silence()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        Path(checkpoint), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    loader: Any = AutoModelForCausalLM
+    model: Any = loader.from_pretrained(
+        Path(checkpoint),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        quantization_config=_quantization(bundle),
     )
     model.eval()
     _restore(model, bundle)
@@ -397,6 +405,16 @@ def _reference(
             step()
         expected.append(row)
     return expected
+
+
+def _quantization(bundle: Bundle) -> Any:
+    """What has transformers dequantise experts in MXFP4 as it loads them; None for others."""
+    if json.loads(bundle.file(CONFIG).read_bytes()).get(ENTRY) is None:
+        return None
+    import transformers
+
+    library: Any = transformers  # whose types do not say what it exports
+    return library.Mxfp4Config(dequantize=True)
 
 
 def _restore(model: Any, bundle: Bundle) -> None:
@@ -416,13 +434,18 @@ def _restore(model: Any, bundle: Bundle) -> None:
         rows = storage.restored("head", head.weight.detach().numpy())
         head.weight = torch.nn.Parameter(torch.from_numpy(rows))
 
-    def restore(name: str, part: str) -> None:
+    def restore(name: str, part: str, *, turned: bool = False) -> None:
         with torch.no_grad():
             weight = parameters[name]
+            if turned:  # transformers has [in, out] where the checkpoint does
+                weight = weight.transpose(-1, -2)
             for rows in weight if weight.ndim > 2 else (weight,):  # one expert at a time
-                rows.copy_(torch.from_numpy(storage.restored(part, rows.numpy())))
+                # As they lay in memory when they were stored: the order decides how sums round.
+                stored = np.ascontiguousarray(rows.numpy())
+                rows.copy_(torch.from_numpy(storage.restored(part, stored)))
 
     restored = 0
+    stacked = names.stacked_down is not None
     for field, part in FIELD_PARTS.items():
         template = getattr(names, field, None)
         if template is None:
@@ -435,7 +458,7 @@ def _restore(model: Any, bundle: Bundle) -> None:
         # transformers stacks the experts of a layer, whatever the checkpoint does.
         module, _, stack = name.rpartition(".experts.")
         if module and stack in EXPERT_PARTS:
-            restore(name, EXPERT_PARTS[stack])
+            restore(name, EXPERT_PARTS[stack], turned=stacked)
             restored += 1
     if restored != manifest.architecture.num_gates * len(EXPERT_PARTS):
         raise BackendError(

@@ -88,9 +88,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5, "routed_scaling_factor": 1.5, "norm_topk_prob": True,
         "n_group": 1, "topk_group": 1,
     },
+    "gpt_oss": {
+        **{name: TINY_CONFIG[name] for name in TINY_CONFIG
+           if name not in ("clip_qkv", "num_experts", "norm_topk_prob", "rope_theta")},
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
+        "num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+        "attention_bias": True, "sliding_window": 5, "swiglu_limit": 2.0, "swiglu_alpha": 1.702,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "rope_theta": 1500.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 16,
+        },
+    },
 }  # fmt: skip
 
-# What sets a kind of a family apart from `plain`: entries of its config, `dtype` and `shards`.
+# What sets a kind of a family apart from `plain`: entries of its config, `dtype`, `shards`, and
+# `mxfp4`, whether its experts are in that format.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "olmoe": {"plain": {}},
     "qwen3_moe": {
@@ -160,6 +173,20 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
     },
+    "gpt_oss": {
+        "plain": {},  # windows of 5 in every other layer, a clamp at 2
+        "experts in MXFP4": {"mxfp4": True, "dtype": "bfloat16", "shards": 2, "swiglu_limit": 1.0},
+        "as transformers assumes it, a key head for every query head": {
+            "sliding_window": 3, "layer_types": ..., "rope_theta": ..., "rope_scaling": ...,
+            "swiglu_limit": ..., "swiglu_alpha": ..., "num_key_value_heads": 4, "head_dim": 64,
+            "attention_bias": ..., "num_hidden_layers": 3, "intermediate_size": 48,
+        },
+        "no biases in attention, tied, one window by list": {
+            "attention_bias": False, "tie_word_embeddings": True, "num_experts_per_tok": 1,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention",
+                            "full_attention"], "swiglu_alpha": 1.0, "num_local_experts": 5,
+        },
+    },
 }  # fmt: skip
 
 
@@ -197,12 +224,17 @@ def make_tiny(
         given or settings.get(name, usual)
         for name, given, usual in (("dtype", dtype, "float32"), ("shards", shards, 1))
     )
+    packed = settings.get("mxfp4", False)
     settings = {
         name: value
         for name, value in settings.items()
-        if value is not ... and name not in ("dtype", "shards")
+        if value is not ... and name not in ("dtype", "shards", "mxfp4")
     }
     settings["torch_dtype"] = dtype
+    if packed:
+        settings["quantization_config"] = {
+            "quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"],
+        }  # fmt: skip
     _write_json(root / "config.json", settings)
     _write_json(
         root / "generation_config.json",
@@ -251,7 +283,8 @@ def _tensors(
     heads = c["num_attention_heads"]
     head = c.get("head_dim") or hidden // heads
     width, kv_width = heads * head, head * (c["num_key_value_heads"] or heads)
-    qkv_bias = c.get("qkv_bias", family == "qwen2_moe") or c.get("attention_bias", False)
+    attention_bias = c.get("attention_bias", family == "gpt_oss")
+    qkv_bias = c.get("qkv_bias", family == "qwen2_moe") or attention_bias
     further = c.get("num_nextn_predict_layers", 0)
     tensors: dict[str, NDArray[np.generic]] = {}
 
@@ -269,6 +302,15 @@ def _tensors(
         linear(f"{name}.{up}", width, hidden)
         linear(f"{name}.{down}", hidden, width, gain=2.0)
 
+    def stacked(name: str, inside: int, out: int) -> None:
+        tensors[f"{name}_bias"] = rng.normal(0, 0.5, (experts, out))
+        if "quantization_config" not in c:
+            tensors[name] = rng.normal(0, 1 / np.sqrt(inside), (experts, inside, out))
+            return
+        rows = (experts, out, inside // 32)
+        tensors[f"{name}_blocks"] = rng.integers(0, 256, (*rows, 16), np.uint8)
+        tensors[f"{name}_scales"] = rng.integers(121, 125, rows, np.uint8)
+
     gated = ("gate_proj", "up_proj", "down_proj")
     tensors["model.embed_tokens.weight"] = rng.normal(0, 1, (c["vocab_size"], hidden))
     for layer in range(c["num_hidden_layers"]):
@@ -284,12 +326,18 @@ def _tensors(
         linear(f"{p}.self_attn.q_proj", width, hidden, bias=qkv_bias)
         linear(f"{p}.self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
         linear(f"{p}.self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
-        out_bias = c.get("attention_bias", False) and family != "glm4_moe"
+        out_bias = attention_bias and family != "glm4_moe"
         linear(f"{p}.self_attn.o_proj", hidden, width, bias=out_bias)
         dense = layer in (c.get("mlp_only_layers") or ())
         dense |= layer < c.get("first_k_dense_replace", 0)
         if dense or (layer + 1) % c.get("decoder_sparse_step", 1):
             mlp(f"{p}.mlp", c["intermediate_size"], gated)
+            continue
+        if family == "gpt_oss":
+            tensors[f"{p}.self_attn.sinks"] = rng.normal(0, 1, heads)
+            linear(f"{p}.mlp.router", experts, hidden, bias=True)
+            stacked(f"{p}.mlp.experts.gate_up_proj", hidden, 2 * ffn)
+            stacked(f"{p}.mlp.experts.down_proj", ffn, hidden)
             continue
         block = f"{p}.block_sparse_moe" if family == "mixtral" else f"{p}.mlp"
         linear(f"{block}.gate", experts, hidden)
@@ -310,7 +358,10 @@ def _tensors(
     norm("model.norm", hidden)
     if not c["tie_word_embeddings"]:
         linear("lm_head", c["vocab_size"], hidden)
-    return {name: tensor.astype(_numpy_dtype(dtype)) for name, tensor in tensors.items()}
+    return {
+        name: tensor if tensor.dtype == np.uint8 else tensor.astype(_numpy_dtype(dtype))
+        for name, tensor in tensors.items()
+    }
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:

@@ -8,13 +8,15 @@ from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 
 from .glm4_moe import GLM4_MOE
+from .gpt_oss import GPT_OSS
 from .mixtral import MIXTRAL
 from .olmoe import OLMOE
 from .qwen2_moe import QWEN2_MOE
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GLM4_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
+    family.model_type: family
+    for family in (GLM4_MOE, GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
 }
 
 

@@ -9,6 +9,7 @@ split and the fused layout compute the same operations in the same order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -153,14 +154,31 @@ class OrtLowering:
         # A token whose weights are all 0 would be all -inf, and its softmax NaN.
         some = g.op("Greater", total, g.constant(0.0, np.float32))
         forced = g.op("Where", some, g.op("Log", dense), g.constant(0.0, np.float32))
+        biases = self._expert_biases(layer)
+        last = [] if biases[1] is None else [biases[1]]
         mixed = g.op(
             "MoE", router_input, forced,
-            self.weight(layer_name(layer, "gate_up")), None,
-            self.weight(layer_name(layer, "down")),
-            domain=CONTRIB, k=self._k, activation_type="swiglu", swiglu_fusion=1,
-            activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=1,
+            self.weight(layer_name(layer, "gate_up")), biases[0],
+            self.weight(layer_name(layer, "down")), *last,
+            domain=CONTRIB, k=self._k, normalize_routing_weights=1, **self._activation(),
         )  # fmt: skip
         return g.op("Mul", mixed, total)
+
+    def _expert_biases(self, layer: int) -> tuple[ir.Value | None, ir.Value | None]:
+        """Of gate and up, and of down; None where there are none."""
+        if not self._a.expert_biases:
+            return None, None
+        up, down = (self.weight(layer_name(layer, f"{part}_bias")) for part in ("gate_up", "down"))
+        return up, down
+
+    def _activation(self) -> dict[str, Any]:
+        """The experts' activation, as attributes of com.microsoft's nodes."""
+        found = self._a.swiglu
+        limit = {} if found.limit is None else {"swiglu_limit": found.limit}
+        return {
+            "activation_type": "swiglu", "swiglu_fusion": 1,
+            "activation_alpha": found.alpha, "activation_beta": found.shift, **limit,
+        }  # fmt: skip
 
     def _dense_weights(
         self, router_input: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value

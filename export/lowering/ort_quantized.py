@@ -71,15 +71,15 @@ class QuantizedOrtLowering(OrtLowering):
             return super().moe(router_input, expert_ids, expert_weights, layer)
         dense = self._dense_weights(router_input, expert_ids, expert_weights)
         up, down = layer_name(layer, "gate_up"), layer_name(layer, "down")
+        up_bias, down_bias = self._expert_biases(layer)
         return self._g.op(
             "QMoE", router_input, dense,
-            self.weight(up + CODES), self.weight(up + SCALES), None,
-            self.weight(down + CODES), self.weight(down + SCALES), None,
+            self.weight(up + CODES), self.weight(up + SCALES), up_bias,
+            self.weight(down + CODES), self.weight(down + SCALES), down_bias,
             None, None, None,
             self._zero_points(up), self._zero_points(down), None,
             dense,
-            domain=CONTRIB, k=self._k, activation_type="swiglu", swiglu_fusion=1,
-            activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=0,
+            domain=CONTRIB, k=self._k, normalize_routing_weights=0, **self._activation(),
             expert_weight_bits=found.bits, block_size=found.block_size,
             accuracy_level=found.accuracy_level,
         )  # fmt: skip

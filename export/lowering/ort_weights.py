@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.export.architecture import Architecture, TensorNames, layer_tensors
+from knnmoe.export.experts import down_rows, gate_up_rows
 from knnmoe.export.weights import PlannedTensor, row_chunks
 from knnmoe.runtime.checkpoint import Checkpoint
 
@@ -111,26 +112,24 @@ def _rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[NDArray[np
 
 
 def _experts(architecture: Architecture, checkpoint: Checkpoint, layer: int) -> list[PlannedTensor]:
-    """The stacks that com.microsoft.MoE reads: gate and up rows interleaved, and down."""
+    """The stacks that com.microsoft.MoE reads: gate and up rows interleaved, and down; biases."""
     names, shape = architecture.family.tensors, architecture.shape
     hidden, width, count = shape.hidden_size, architecture.expert_width, shape.num_experts
-
-    def interleaved() -> Iterator[NDArray[np.float32]]:
-        for expert in range(count):
-            pair = np.empty((width, 2, hidden), np.float32)
-            pair[:, 0] = checkpoint.tensor(names.expert_gate.format(layer=layer, expert=expert))
-            pair[:, 1] = checkpoint.tensor(names.expert_up.format(layer=layer, expert=expert))
-            yield pair
-
-    def down() -> Iterator[NDArray[np.float32]]:
-        for expert in range(count):
-            name = names.expert_down.format(layer=layer, expert=expert)
-            yield from row_chunks(checkpoint.tensor(name))
-
-    return [
-        PlannedTensor(layer_name(layer, "gate_up"), (count, 2 * width, hidden), interleaved),
+    read = (architecture, checkpoint, layer)
+    gate_up, down = partial(gate_up_rows, *read), partial(down_rows, *read)
+    planned = [
+        PlannedTensor(layer_name(layer, "gate_up"), (count, 2 * width, hidden), gate_up),
         PlannedTensor(layer_name(layer, "down"), (count, hidden, width), down),
     ]
+    for part, template, out in (
+        ("gate_up_bias", names.stacked_gate_up_bias, 2 * width),
+        ("down_bias", names.stacked_down_bias, hidden),
+    ):
+        if template is not None:
+            sources = (template.format(layer=layer),)
+            rows, size = partial(_rows, checkpoint, sources), (count, out)
+            planned.append(PlannedTensor(layer_name(layer, part), size, rows, sources=sources))
+    return planned
 
 
 def _rope(architecture: Architecture) -> list[PlannedTensor]:

@@ -102,6 +102,8 @@ def test_entries_follow_the_text_and_can_be_traced_back_to_it(
         ("qwen3_moe", "first and last layers dense, two in a row"),
         ("mixtral", "a window of 5, wide heads, many experts"),
         ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+        ("gpt_oss", "plain"),
+        ("gpt_oss", "experts in MXFP4"),
     ],
 )
 def test_a_memory_of_any_family_belongs_to_its_bundle(

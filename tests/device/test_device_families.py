@@ -20,6 +20,7 @@ KINDS = [
     ("qwen3_moe", "first and last layers dense, two in a row"),
     ("mixtral", "a window of 5, wide heads, many experts"),
     ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+    ("gpt_oss", "plain"),
 ]
 
 

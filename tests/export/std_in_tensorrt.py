@@ -58,6 +58,7 @@ def moe_layer(layer: Any) -> dict[str, Any]:
     inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
     return {
         "activation": layer.activation_type.name,
+        "swiglu": [layer.swiglu_param_alpha, layer.swiglu_param_beta, layer.swiglu_param_limit],
         "dtypes": [tensor.dtype.name for tensor in (*inputs, layer.get_output(0))],
         "shapes": [list(tensor.shape) for tensor in (*inputs, layer.get_output(0))],
     }

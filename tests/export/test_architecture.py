@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from knnmoe.export.architecture import describe, further_tensors
+from knnmoe.export.architecture import Swiglu, describe, further_tensors
 from knnmoe.export.exporter import export, plan_export
 from knnmoe.export.families import family_of
+from knnmoe.export.rope import Rope, Yarn
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.errors import CheckpointError
+from knnmoe.runtime.routing import RoutingRule
 from tiny import FAMILIES, make_tiny, make_tiny_olmoe
 
 
@@ -143,6 +145,24 @@ def test_layers_are_described_one_by_one(tmp_path):
     by_list = layers("qwen2_moe", "windows of 4 by list, no biases, renormalised")
     assert by_list == [(0, None), (1, 4), (2, 4), (3, None)]
     assert layers("mixtral", "plain") == [(0, None), (1, None), (2, None)]
+    assert layers("gpt_oss", "plain") == [(0, 5), (1, None), (2, 5), (3, None)]
+    unsaid = "as transformers assumes it, a key head for every query head"
+    assert layers("gpt_oss", unsaid) == [(0, 3), (1, None), (2, 3)]
+
+
+def test_what_gpt_oss_leaves_out_is_what_transformers_assumes(tmp_path):
+    kind = "as transformers assumes it, a key head for every query head"
+    architecture = opened(Checkpoint.open(make_tiny(tmp_path, "gpt_oss", kind)))
+    assert architecture.swiglu == Swiglu(alpha=1.702, shift=1.0, limit=7.0)
+    assert architecture.rope == Rope(150000.0, Yarn(32.0, 4096, 0.1 * np.log(32) + 1, whole=False))
+    assert architecture.routing == RoutingRule(3, "softmax-topk")
+    assert architecture.expert_biases
+    assert architecture.output_bias
+
+
+def test_a_config_of_the_old_form_may_do_without_yarn(tmp_path):
+    checkpoint = make_tiny(tmp_path, "gpt_oss", rope_scaling={"rope_type": "default"})
+    assert opened(Checkpoint.open(checkpoint)).rope == Rope(1500.0)
 
 
 def test_segments_hold_the_layers_between_their_gates(tmp_path):
@@ -157,6 +177,7 @@ def test_mixtral_renormalises_whatever_its_config_says(sources, tmp_path):
     assert opened(checkpoint).routing.renormalize
 
 
+STACKS = "model.layers.2.mlp.experts"
 WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
 
 
@@ -233,6 +254,17 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
         ),
         ("glm4_moe", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers: malformed"),
         ("glm4_moe", {"num_mtp_layers": 1, "num_nextn_predict_layers": 2}, "is not what num_nextn"),
+        ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit: malformed"),
+        ("gpt_oss", {"swiglu_limit": -7}, "swiglu_limit: malformed"),
+        ("gpt_oss", {"swiglu_alpha": "1.702"}, "swiglu_alpha: malformed"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act: is not supported; expected silu"),
+        ("gpt_oss", {"num_experts": 9}, "num_experts: is not what num_local_experts says"),
+        ("gpt_oss", {"num_local_experts": 9}, "mlp.router.weight: has another shape"),
+        ("gpt_oss", {"intermediate_size": 48}, r"gate_up_proj: .*\[8, 64, 96\]; .*\[8, 64, 64\]"),
+        ("gpt_oss", {"layer_types": ["sliding_attention"]}, "layer_types: malformed"),
+        ("gpt_oss", {"sliding_window": None}, "layer_types: malformed"),
+        ("gpt_oss", {"attention_bias": False}, "proj.bias: is not a tensor of the family gpt_oss"),
+        ("gpt_oss", {"tie_word_embeddings": "no"}, "tie_word_embeddings: malformed"),
     ],
 )
 def test_a_familys_config_that_cannot_be_right_is_refused(
@@ -258,6 +290,18 @@ def test_a_familys_config_that_cannot_be_right_is_refused(
          "e_score_correction_bias is missing"),
         ("glm4_moe", lambda t: t.update({"model.layers.3.eh_proj.weight": np.zeros(1, "f4")}),
          "layers.3.eh_proj.weight: is not a tensor of the family glm4_moe"),
+        ("gpt_oss", lambda t: t.pop("model.layers.3.mlp.router.bias"), "3.mlp.router.bias is miss"),
+        ("gpt_oss", lambda t: t.pop("model.layers.0.self_attn.sinks"), "self_attn.sinks is miss"),
+        ("gpt_oss", lambda t: t.pop(f"{STACKS}.gate_up_proj_bias"), "gate_up_proj_bias is missing"),
+        ("gpt_oss", lambda t: t.pop(f"{STACKS}.down_proj"), "down_proj is missing"),
+        ("gpt_oss", lambda t: t.update({f"{STACKS}.down_proj": np.zeros((8, 64, 32), "f4")}),
+         r"down_proj: has another shape.*expected \[8, 32, 64\]; found \[8, 64, 32\]"),
+        ("gpt_oss", lambda t: t.update({f"{STACKS}.down_proj_bias": np.zeros((8, 32), "f4")}),
+         "down_proj_bias: has another shape"),
+        ("gpt_oss", lambda t: t.update({f"{STACKS}.0.up_proj.weight": np.zeros((32, 64), "f4")}),
+         "is not a tensor of the family gpt_oss"),
+        ("gpt_oss", lambda t: t.update({f"{STACKS}.down_proj_blocks": np.zeros((8, 64), "u1")}),
+         "down_proj_blocks: is not a tensor of the family gpt_oss"),
     ],
 )  # fmt: skip
 def test_a_familys_tensors_that_do_not_fit_are_refused(sources, tmp_path, family, change, message):

@@ -1,7 +1,7 @@
-"""Parts of attention that no family with a description has yet: those of GPT-OSS.
+"""The parts of attention that only GPT-OSS has, alone and in every lowering and precision.
 
-Its experts are not described, so what is compared is the first segment: embedding, attention with
-sinks and biases in a window or without, stretched rotary embedding, residual sum, norm and router.
+What is compared is the first segment: embedding, attention with sinks and biases in a window or
+without, stretched rotary embedding, residual sum, norm and router.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from knnmoe.export.architecture import ConfigNames, Family, TensorNames, describe_config
+from knnmoe.export.architecture import describe_config
+from knnmoe.export.families.gpt_oss import GPT_OSS
 from knnmoe.export.graph import GraphBuilder
 from knnmoe.export.lowering.base import Lowering
 from knnmoe.export.lowering.ort_weights import segment_weights
@@ -31,41 +32,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("torch") is None, reason="the reference needs torch"),
 ]
 
-LAYER = "model.layers.{layer}"
-ATTENTION = f"{LAYER}.self_attn"
-FAMILY = Family(
-    name="gpt_oss",
-    model_type="gpt_oss",
-    tensors=TensorNames(
-        embedding="model.embed_tokens.weight",
-        input_norm=f"{LAYER}.input_layernorm.weight",
-        query=f"{ATTENTION}.q_proj.weight",
-        key=f"{ATTENTION}.k_proj.weight",
-        value=f"{ATTENTION}.v_proj.weight",
-        output=f"{ATTENTION}.o_proj.weight",
-        query_bias=f"{ATTENTION}.q_proj.bias",
-        key_bias=f"{ATTENTION}.k_proj.bias",
-        value_bias=f"{ATTENTION}.v_proj.bias",
-        output_bias=f"{ATTENTION}.o_proj.bias",
-        sinks=f"{ATTENTION}.sinks",
-        router_norm=f"{LAYER}.post_attention_layernorm.weight",
-        router=f"{LAYER}.mlp.router.weight",
-        router_bias=f"{LAYER}.mlp.router.bias",
-        expert_gate="not described",
-        expert_up="not described",
-        expert_down="not described",
-        final_norm="model.norm.weight",
-        head="lm_head.weight",
-    ),
-    renormalize=True,
-    free_head_size=True,
-    config=ConfigNames(
-        num_experts="num_local_experts",
-        renormalize=None,
-        window="sliding_window",
-        layer_kinds="layer_types",
-    ),
-)
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
@@ -107,7 +73,7 @@ class Small:
             torch.nn.init.normal_(parameter, std=0.4)
         self.model.save_pretrained(root)
         content = json.loads((root / "config.json").read_text())
-        self.architecture = describe_config(content, root / "config.json", FAMILY)
+        self.architecture = describe_config(content, root / "config.json", GPT_OSS)
         planned = segment_weights(self.architecture, Checkpoint.open(root), 0)
         self.weights = plan_file("00.safetensors", planned)
         write_file(self.weights, root, lambda _: None)

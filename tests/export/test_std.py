@@ -40,6 +40,7 @@ FAST = {
     ("qwen3_moe", "first and last layers dense, two in a row"),
     ("mixtral", "a window of 5, wide heads, many experts"),
     ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+    ("gpt_oss", "plain"),
 }
 WAYS = [StdOptions(o, "float32", e) for o in ("primitive", "modern") for e in ("gathered", "dense")]
 MOE = [StdOptions(operators, "float32", "moe") for operators in ("primitive", "modern")]
@@ -62,6 +63,52 @@ TRT_MoE <activation_type> (hidden, ids, scores, gate, up, down) => (mixed)
     active = Mul (gated, share)
     product = Mul (active, raised)
     outputs = MatMul (product, downs)
+    weights = Unsqueeze (scores, matrix)
+    weighed = Mul (outputs, weights)
+    by_token = ReduceSum <keepdims = 0> (weighed, slots)
+    mixed = Squeeze (by_token, slots)
+}
+"""
+# The same of experts with biases, and SwiGLU as its parameters in TensorRT have it.
+BIASED_MOE_FUNCTION = """
+<opset_import: ["": 20], domain: "trt">
+TRT_MoE <activation_type, swiglu_alpha, swiglu_beta, swiglu_limit>
+    (hidden, ids, scores, gate, up, down, gate_bias, up_bias, down_bias) => (mixed)
+{
+    row = Constant <value_ints = [2, 3]> ()
+    rank = Constant <value_ints = [3]> ()
+    slots = Constant <value_ints = [2]> ()
+    matrix = Constant <value_ints = [3, 4]> ()
+    wide_alpha = Constant <value_float: float = @swiglu_alpha> ()
+    wide_beta = Constant <value_float: float = @swiglu_beta> ()
+    wide_limit = Constant <value_float: float = @swiglu_limit> ()
+    alpha = CastLike (wide_alpha, hidden)
+    beta = CastLike (wide_beta, hidden)
+    limit = CastLike (wide_limit, hidden)
+    lowest = Neg (limit)
+    gates = Gather <axis = 0> (gate, ids)
+    ups = Gather <axis = 0> (up, ids)
+    downs = Gather <axis = 0> (down, ids)
+    gate_biases = Gather <axis = 0> (gate_bias, ids)
+    up_biases = Gather <axis = 0> (up_bias, ids)
+    down_biases = Gather <axis = 0> (down_bias, ids)
+    gate_row = Unsqueeze (gate_biases, rank)
+    up_row = Unsqueeze (up_biases, rank)
+    down_row = Unsqueeze (down_biases, rank)
+    token = Unsqueeze (hidden, row)
+    gate_product = MatMul (token, gates)
+    up_product = MatMul (token, ups)
+    gated = Add (gate_product, gate_row)
+    raised = Add (up_product, up_row)
+    gated_below = Min (gated, limit)
+    raised_below = Clip (raised, lowest, limit)
+    steeper = Mul (gated_below, alpha)
+    share = Sigmoid (steeper)
+    active = Mul (gated_below, share)
+    shifted = Add (raised_below, beta)
+    product = Mul (active, shifted)
+    down_product = MatMul (product, downs)
+    outputs = Add (down_product, down_row)
     weights = Unsqueeze (scores, matrix)
     weighed = Mul (outputs, weights)
     by_token = ReduceSum <keepdims = 0> (weighed, slots)
@@ -120,8 +167,10 @@ def options_of(bundle: Bundle) -> onnxruntime.SessionOptions:
 def runnable(content: bytes) -> bytes:
     """The graph with a function for TensorRT's layer, if it has that."""
     proto = onnx.load_model_from_string(content)
-    if any(node.op_type == "TRT_MoE" for node in proto.graph.node):
-        function = onnx.parser.parse_function(MOE_FUNCTION)
+    inputs = {len(node.input) for node in proto.graph.node if node.op_type == "TRT_MoE"}
+    if inputs:
+        (count,) = inputs
+        function = onnx.parser.parse_function({6: MOE_FUNCTION, 9: BIASED_MOE_FUNCTION}[count])
         (opset,) = (entry.version for entry in proto.opset_import if not entry.domain)
         function.opset_import[0].version = opset
         proto.functions.append(function)

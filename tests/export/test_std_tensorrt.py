@@ -105,6 +105,18 @@ def test_the_experts_of_a_gate_are_parsed_as_one_layer_of_tensorrts_own(
             assert down == [shape.num_experts, gate[2], shape.hidden_size]
 
 
+def test_biases_and_a_clamped_activation_are_parts_of_that_layer(
+    tensorrt: Builder, tmp_path: Path
+) -> None:
+    bundle = exported(tmp_path, "gpt_oss", "plain")
+    for result in tensorrt(bundle, [job(i, way) for way in MOE for i in segments(bundle)[1:]]):
+        (layer,) = result["moe"]
+        assert layer["swiglu"] == pytest.approx([1.702, 1.0, 2.0])
+        assert layer["activation"] == "SILU"
+        assert layer["shapes"][6:9] == [[8, 32], [8, 32], [8, 64]]
+        assert len(set(layer["dtypes"]) - {"INT32"}) == 1
+
+
 def test_a_segment_is_built_in_float16_and_where_no_fused_attention_is(
     tensorrt: Builder, tiny_bundle: Path
 ) -> None:
@@ -119,6 +131,7 @@ def test_every_segment_of_every_family_is_parsed(tensorrt: Builder, tmp_path: Pa
         ("qwen3_moe", "first and last layers dense, two in a row"),
         ("mixtral", "a window of 5, wide heads, many experts"),
         ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
+        ("gpt_oss", "plain"),
     ]
     bundles = [exported(tmp_path / family, family, kind) for family, kind in kinds]
     jobs = [job(i, way) | {"bundle": str(b)} for b in bundles for way in ways for i in segments(b)]
