@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SELF = Path(__file__).resolve()
 CONTEXT, CAPACITY, SEED = 128, 256, 0
 BASE = "frozen"
+COMPRESSED = "compressed"  # the gate two-stage over a compressed memory
 
 
 # --- in the process of a contender ---------------------------------------------------------------
@@ -64,7 +66,9 @@ def prompt(vocab_size: int) -> list[int]:
 class KnnMoe(Contender):
     """This runtime."""
 
-    def __init__(self, bundle: str, threads: int, entries: int, gate: str) -> None:
+    def __init__(
+        self, bundle: str, threads: int, entries: int, gate: str, projection: dict[str, int]
+    ) -> None:
         import numpy as np
 
         from knnmoe import __version__
@@ -77,6 +81,7 @@ class KnnMoe(Contender):
                 pack = str(Path(folder) / "pack")
                 # By another process, whose memory is not this one's.
                 command = [sys.executable, str(SELF), "--pack", bundle, str(entries), pack]
+                command.append(json.dumps(projection))
                 subprocess.run(command, check=True)
                 self.model.swap_memory(pack)
         self.cache = self.model.pipeline.new_cache(1, CAPACITY)
@@ -93,10 +98,14 @@ class KnnMoe(Contender):
         self.model.pipeline.step(self.cache, self.token)
 
 
-def random_pack(bundle: str, entries: str, path: str) -> None:
-    """Write a memory of random entries for every gate."""
+def random_pack(bundle: str, entries: str, path: str, projection: str) -> None:
+    """Write a memory of random entries for every gate, compressed if a projection is asked for.
+
+    Its width is forced: keys without a direction of their own have no projection that finds them.
+    """
     import numpy as np
 
+    from knnmoe.calibration.compress import CompressSettings, compress_pack
     from knnmoe.runtime.calibration import preset
     from knnmoe.runtime.memory import GateEntries, write_pack
     from knnmoe.runtime.model import Model
@@ -105,17 +114,22 @@ def random_pack(bundle: str, entries: str, path: str) -> None:
     random = np.random.default_rng(SEED)
 
     def rows(width: int) -> Any:
-        return random.standard_normal((int(entries), width), dtype=np.float32)
+        return random.standard_normal((int(entries), width), dtype=np.float32).astype(np.float16)
 
     gates = {}
     for gate in range(identity.num_gates):
         keys = rows(identity.hidden_size)
         values = rows(identity.num_experts), rows(identity.num_experts)
-        gates[gate] = GateEntries(keys, *values, keys.mean(axis=0))
+        gates[gate] = GateEntries(keys, *values, keys.mean(axis=0, dtype=np.float32))
     write_pack(
         path, model=identity, gates=gates, variant="residual", neighbors=8, similarity="cosine",
         calibration=preset("residual"), origins=None, provenance={"made": "at random"},
     )  # fmt: skip
+    settings = json.loads(projection)
+    if settings:
+        compress_pack(path, f"{path}-compressed", CompressSettings(**settings))
+        shutil.rmtree(path)
+        Path(f"{path}-compressed").rename(path)
 
 
 class Transformers(Contender):
@@ -436,18 +450,23 @@ def peers(
     threads: int,
     llama_python: str,
     gates: list[str],
+    projection: dict[str, int],
 ) -> tuple[list[Peer], dict[str, str]]:
     """Who takes part, and why others do not."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     shape = manifest["architecture"]
     frozen = bundle_bytes(bundle)
-    found = [Peer(BASE, "knnmoe", (str(bundle), threads, 0, "auto"), frozen)]
+    found = [Peer(BASE, "knnmoe", (str(bundle), threads, 0, "auto", {}), frozen)]
     absent: dict[str, str] = {}
     for count in entries:
         for gate in gates:
-            width = 1 if gate in ("two-stage", "auto") else 4
-            scanned = shape["num_gates"] * shape["hidden_size"] * count * width
-            arguments = (str(bundle), threads, count, gate)
+            compressed = gate == COMPRESSED
+            key = shape["hidden_size"] * (1 if gate in ("two-stage", "auto") else 4)
+            if compressed:
+                key = projection["scan_width"] * projection["scan_bits"] // 8
+            scanned = shape["num_gates"] * count * key
+            how = ("two-stage", projection) if compressed else (gate, {})
+            arguments = (str(bundle), threads, count, *how)
             found.append(Peer(f"{count} entries, {gate}", "knnmoe", arguments, frozen + scanned))
     body, head = checkpoint_elements(checkpoint)
     try:
@@ -486,7 +505,10 @@ def main() -> None:
     @click.argument("checkpoint", type=path)
     @click.argument("bundle", type=path)
     @click.option("--entries", default="10000,100000", show_default=True)
-    @click.option("--gates", default="two-stage,onnx", show_default=True)
+    @click.option("--gates", default="compressed,two-stage,onnx", show_default=True)
+    @click.option("--scan-width", default=256, show_default=True, help="Of compressed memories.")
+    @click.option("--scan-bits", default=4, show_default=True, help="Of compressed memories.")
+    @click.option("--candidates", default=32, show_default=True, help="Of compressed memories.")
     @click.option("--threads", default=1, show_default=True)
     @click.option("--turns", default=9, show_default=True)
     @click.option("--tokens", default=12, show_default=True, help="Of a turn.")
@@ -496,13 +518,13 @@ def main() -> None:
                   default=ROOT / "benchmarks" / "results" / "cpu_decode.json")  # fmt: skip
     def command(
         checkpoint: Path, bundle: Path, entries: str, gates: str, threads: int, turns: int,
-        tokens: int, only: str | None, llama_python: str, target: Path,
+        tokens: int, only: str | None, llama_python: str, target: Path, **projection: int,
     ) -> None:  # fmt: skip
         console = Console(width=150)
         counts = [int(count) for count in entries.split(",") if count]
         every, absent = peers(
-            checkpoint, bundle, counts, threads, llama_python, gates.split(",")
-        )  # fmt: skip
+            checkpoint, bundle, counts, threads, llama_python, gates.split(","), projection
+        )
         bandwidth = read_bandwidth(threads)
         rows: dict[str, Any] = {}
         with started(every[0]) as base:
@@ -533,7 +555,7 @@ def main() -> None:
             console.print(f"absent: {name}: {reason}")
         report = {
             "environment": environment(bundle), "threads": threads, "context": CONTEXT,
-            "turns": turns, "tokens": tokens, "read_bandwidth": bandwidth,
+            "turns": turns, "tokens": tokens, "read_bandwidth": bandwidth, "projection": projection,
             "contenders": rows, "absent": absent,
         }  # fmt: skip
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -564,7 +586,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], json.loads(sys.argv[3]))
     elif sys.argv[1:2] == ["--pack"]:
-        random_pack(*sys.argv[2:5])
+        random_pack(*sys.argv[2:6])
     elif sys.argv[1:2] == ["--convert"]:
         convert_to_gguf(*sys.argv[2:4])
     else:

@@ -33,7 +33,8 @@ from knnmoe.runtime.engines.onnx_bytes import Node, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.onnx import OnnxGate
-from knnmoe.runtime.gates.two_stage import TwoStageGate, scan_engine
+from knnmoe.runtime.gates.scan import scan_engine
+from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.routing import RoutingRule
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,6 +17,7 @@ from knnmoe.runtime.commands.common import output
 if TYPE_CHECKING:
     from .build import BuildReport  # which needs torch
     from .calibrate import CalibrationReport
+    from .compress import CompressReport
     from .confidence import Interval
     from .summary import PackSummary
 
@@ -42,6 +43,36 @@ def print_build(report: BuildReport) -> None:
     )
     speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
     console.print(f"{report.seconds:.1f} s{speed}")
+
+
+def print_compression(report: CompressReport) -> None:
+    """What became of each gate, as a table."""
+    console, settings = output(), report.settings
+    console.print(
+        f"{report.pack.path}: {settings.candidates} candidates, keys {settings.keys},"
+        f" {readable_size(report.pack.bytes)}",
+        markup=False,
+    )
+    table = Table()
+    columns = ("gate", "entries", "width", "bits", f"recall@{report.pack.neighbors}", "scanned")
+    for name in (*columns, "before", "after"):
+        table.add_column(name, justify="right")
+    for gate in report.gates:
+        table.add_row(
+            str(gate.gate),
+            f"{gate.entries:,}",
+            str(gate.width),
+            str(gate.bits),
+            f"{gate.recall:.4f}",
+            readable_size(gate.scanned_bytes),
+            readable_size(gate.bytes_before),
+            readable_size(gate.bytes_after),
+        )
+    console.print(table)
+    console.print(
+        "Recall: of keys held back, searched for among the others. Scanned: read at every token.",
+        style="dim",
+    )
 
 
 def print_summary(summary: PackSummary) -> None:

@@ -35,7 +35,7 @@ class LazyGroup(click.Group):
         "memory": (
             "knnmoe.calibration.cli",
             "memory",
-            "Build, inspect and calibrate memories.",
+            "Build, inspect, calibrate and compress memories.",
             "train",
         ),
         "plugin": (

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_args
 
 from .blend import GateMemory
 from .bundle import Bundle, FusedSpec
+from .compressed import Memory, widened
 from .engines.onnxruntime import OrtEngine
 from .engines.requirements import check_onnxruntime
 from .errors import BackendError
@@ -27,7 +28,7 @@ class ModelBackend(Protocol):
     def layout_name(self) -> LayoutName:
         """`split` or `fused`."""
 
-    def layout(self, memories: Sequence[GateMemory | None]) -> Layout:
+    def layout(self, memories: Sequence[Memory | None]) -> Layout:
         """The model with these memories, one a gate; None for a gate that routes frozen.
 
         May be the layout of the last call, with the memories put in place; if that fails, the last
@@ -68,12 +69,12 @@ class HostBackend:
         files = [fused_spec(bundle).file] if layout == "fused" else [s.file for s in segments]
         self._segments = tuple(self._engine(file) for file in files)
 
-    def layout(self, memories: Sequence[GateMemory | None]) -> HostLayout:
+    def layout(self, memories: Sequence[Memory | None]) -> HostLayout:
         """See `ModelBackend.layout`; always a new one."""
         manifest = self._bundle.manifest
         shape, room = manifest.architecture, manifest.experts_per_token
         if self.layout_name == "fused":
-            ready = tuple(fused_memory(self._bundle, memory) for memory in memories)
+            ready = tuple(fused_memory(self._bundle, widened(memory)) for memory in memories)
             biases = self._selection_biases
             return HostLayout(FusedWiring.over(shape, room, self._segments[0], ready, biases))
         engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731

@@ -26,19 +26,33 @@ from .calibration import (
     Variant,
     check_neighbors,
 )
+from .compressed import CompressedMemory, Memory
+from .compressed_files import (
+    SCAN_TENSORS,
+    ScanStatement,
+    check_scan,
+    key_lengths,
+    map_tensor,
+    sampled,
+    scan_specs,
+    width_is_possible,
+)
 from .errors import MemoryPackError, SettingError
 from .manifest import Fields, ManifestKind
 from .pack_files import (
     MANIFEST,
     REBUILD,
     PackFile,
+    TensorSpecs,
     check_file,
     link_tensors,
     read_tensors,
     write_manifest,
     write_tensors,
 )
+from .projection import SCAN_BITS, WIDTH_STEP, ProjectedKeys
 from .routing import RoutingRule
+from .two_stage import MAX_CANDIDATES
 
 SCHEMA = "knnmoe.memory/1"
 ENTRIES = "entries.safetensors"
@@ -120,12 +134,17 @@ class StoredTensors:
 
 @dataclass(frozen=True)
 class PackGate:
-    """One covered gate: its file, how many entries it has, how its similarity is used."""
+    """One covered gate: its file, how many entries it has, how its similarity is used.
+
+    `scan` and `int8_keys` say what compressing added and changed.
+    """
 
     gate: int
     stored: PackFile
     entries: int
     calibration: Calibration
+    scan: ScanStatement | None = None
+    int8_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,26 +199,41 @@ class MemoryPack:
 
     def read(self, gate: PackGate) -> GateEntries:
         """Load one gate's tensors, checking shapes before allocating and numbers after."""
-        shapes = {
-            "keys": (gate.entries, self.model.hidden_size),
-            "router_logits": (gate.entries, self.model.num_experts),
-            "residuals": (gate.entries, self.model.num_experts),
-            "center": (self.model.hidden_size,),
-        }
-        tensors = read_tensors(self.path / gate.stored.file, shapes, ("F16", "F32"))
+        path = self.path / gate.stored.file
+        tensors = read_tensors(path, self._specs(gate), leave=SCAN_TENSORS)
+        steps = tensors.pop("key_steps", None)
+        if steps is not None:
+            tensors["keys"] = tensors["keys"] * steps[:, None] + tensors["center"]
         return GateEntries(**tensors)
+
+    def _specs(self, gate: PackGate) -> TensorSpecs:
+        """What a gate's file must hold."""
+        entries, size, experts = gate.entries, self.model.hidden_size, self.model.num_experts
+        floats = ("F16", "F32")
+        specs: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+            "keys": ((entries, size), ("I8",) if gate.int8_keys else floats),
+            "router_logits": ((entries, experts), floats),
+            "residuals": ((entries, experts), floats),
+            "center": ((size,), floats),
+        }
+        if gate.int8_keys:
+            specs["key_steps"] = ((entries,), ("F32",))
+        if gate.scan is not None:
+            specs |= scan_specs(gate.scan, entries, size)
+        return specs
 
     def read_origins(self) -> EntryOrigins | None:
         """Where the entries came from, or None if the pack does not say."""
         if self.origins is None:
             return None
         path = self.path / self.origins.file
-        shapes = dict.fromkeys(("token_ids", "documents", "positions"), (self.origin_rows,))
+        kind = ((self.origin_rows,), ("I32",))
+        specs = dict.fromkeys(("token_ids", "documents", "positions"), kind)
         merged = [gate for gate in self.gates if gate.entries < self.origin_rows]
         for gate in merged:
             names = (f"rows_{gate.gate:02d}", f"counts_{gate.gate:02d}")
-            shapes |= dict.fromkeys(names, (gate.entries,))
-        tensors = read_tensors(path, shapes, ("I32",))
+            specs |= dict.fromkeys(names, ((gate.entries,), ("I32",)))
+        tensors = read_tensors(path, specs)
         rows = {gate.gate: tensors.pop(f"rows_{gate.gate:02d}") for gate in merged}
         for gate in merged:
             del tensors[f"counts_{gate.gate:02d}"]
@@ -272,6 +306,64 @@ class MemoryPack:
             similarity=self.similarity,
             rule_first=self.variant == "assignment",
         )
+
+    def memory_of(
+        self,
+        gate: PackGate,
+        rule: RoutingRule,
+        selection_bias: NDArray[np.float32] | None = None,
+    ) -> Memory:
+        """One gate's memory: compressed where a projection serves this use, else `gate_memory`."""
+        found = self.compressed_memory(gate, rule, selection_bias)
+        return self.gate_memory(gate, rule, selection_bias) if found is None else found
+
+    def compressed_memory(
+        self,
+        gate: PackGate,
+        rule: RoutingRule,
+        selection_bias: NDArray[np.float32] | None = None,
+    ) -> CompressedMemory | None:
+        """One gate's memory to be scanned by its projection; None if it has none for this use.
+
+        The keys are mapped from the file, which may be replaced meanwhile but not written to.
+
+        Args:
+            gate, rule, selection_bias: See `gate_memory`.
+
+        Raises:
+            MemoryPackError: If the file holds anything else than the manifest states, or a
+                projection that is none, or not of these keys.
+        """
+        if gate.scan is None or not gate.scan.serves(self.similarity, self.neighbors):
+            return None
+        path = self.path / gate.stored.file
+        tensors = read_tensors(path, self._specs(gate), leave=("keys",))
+        scan = ProjectedKeys(*(tensors.pop(name) for name in SCAN_TENSORS))
+        steps = tensors.pop("key_steps", None)
+        keys, center = map_tensor(path, "keys"), tensors["center"]
+        lengths = key_lengths(path, center, steps)
+        multipliers = np.ones_like(lengths) if steps is None else steps
+        norms = lengths**2
+        if self.similarity == "cosine":
+            multipliers = multipliers / np.where(lengths > 0, lengths, 1)
+            norms = (lengths > 0).astype(np.float32)
+        memory = CompressedMemory(
+            keys=keys,
+            multipliers=multipliers[:, None],
+            norms=norms,
+            lengths=lengths,
+            scan=scan,
+            candidates=gate.scan.candidates,
+            values=_values(GateEntries(keys=keys, **tensors), self.variant, rule, selection_bias),
+            n_valid=gate.entries,
+            k=self.neighbors,
+            center=center,
+            calibration=gate.calibration,
+            similarity=self.similarity,
+            rule_first=self.variant == "assignment",
+        )
+        check_scan(path, scan, memory.centred(sampled(gate.entries)))
+        return memory
 
 
 def prepare_keys(
@@ -444,7 +536,9 @@ def _parse_model(entry: Fields) -> ModelIdentity:
 
 
 def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
-    entry.only("gate", "file", "sha256", "size", "entries", "calibration")
+    entry.only(
+        "gate", "file", "sha256", "size", "entries", "calibration", optional=("keys", "scan")
+    )
     try:
         calibration = Calibration.from_json(entry.object("calibration").content)
     except SettingError as error:
@@ -460,6 +554,35 @@ def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
         stored=_parse_file(entry),
         entries=entry.integer("entries", 1, MAX_DIMENSION),
         calibration=calibration,
+        scan=_parse_scan(entry.object("scan"), model) if entry.has("scan") else None,
+        int8_keys=entry.has("keys") and entry.text("keys", choices=("int8",)) == "int8",
+    )
+
+
+def _parse_scan(entry: Fields, model: ModelIdentity) -> ScanStatement:
+    entry.only("width", "bits", "candidates", "neighbors", "similarity", "recall")
+    neighbors = entry.integer("neighbors", 1, MAX_NEIGHBORS)
+    recall = entry.number("recall")
+    if not 0 <= recall <= 1:
+        raise entry.wrong("recall", "out of range", expected="0 to 1", found=recall)
+    width = entry.integer("width", 1, MAX_DIMENSION)
+    if not width_is_possible(width, model.hidden_size):
+        raise entry.wrong(
+            "width",
+            "out of range",
+            expected=f"a multiple of {WIDTH_STEP} up to {model.hidden_size}",
+            found=width,
+        )
+    bits = entry.integer("bits", 1, 8)
+    if bits not in SCAN_BITS:
+        raise entry.wrong("bits", "out of range", expected=SCAN_BITS, found=bits)
+    return ScanStatement(
+        width=width,
+        bits=bits,
+        candidates=entry.integer("candidates", neighbors, MAX_CANDIDATES),
+        neighbors=neighbors,
+        similarity=cast(Similarity, entry.text("similarity", choices=SIMILARITIES)),
+        recall=recall,
     )
 
 

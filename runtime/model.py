@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .blend import GateMemory
 from .bundle import EXPORT_AGAIN, Bundle
 from .calibration import Similarity, Variant
+from .compressed import Memory
 from .devices import Device, open_backend
 from .errors import BundleError, InputError
 from .generation import Completion, Event, collect, stream
@@ -258,10 +258,10 @@ def _memories(
     pack: MemoryPack | None,
     rule: RoutingRule,
     biases: Sequence[NDArray[np.float32] | None],
-) -> tuple[GateMemory | None, ...]:
-    """One memory a gate; None for gates the pack does not cover."""
+) -> tuple[Memory | None, ...]:
+    """One memory a gate, compressed where the pack is; None for gates the pack does not cover."""
     covered = {gate.gate: gate for gate in pack.gates} if pack else {}
     return tuple(
-        pack.gate_memory(covered[gate], rule, bias) if pack and gate in covered else None
+        pack.memory_of(covered[gate], rule, bias) if pack and gate in covered else None
         for gate, bias in enumerate(biases)
     )

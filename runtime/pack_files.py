@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,18 @@ def check_file(root: Path, stored: PackFile, verify: bool) -> None:
         )
 
 
-def read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: tuple[str, ...]
-) -> dict[str, Any]:
-    """Read exactly the tensors of these shapes, all of them finite.
+TensorSpecs = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+
+
+def read_tensors(path: Path, specs: TensorSpecs, *, leave: Collection[str] = ()) -> dict[str, Any]:
+    """Read exactly the tensors of these shapes and dtypes, all of them finite.
 
     Shapes and dtypes are checked before anything is allocated.
+
+    Args:
+        path: A safetensors file.
+        specs: By name: shape, and which dtypes are right.
+        leave: Names of tensors that are checked so far, and not read.
 
     Raises:
         MemoryPackError: If the file holds anything else.
@@ -113,15 +119,15 @@ def read_tensors(
     try:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
-            if names != set(shapes):
+            if names != set(specs):
                 raise MemoryPackError(
                     path,
                     "holds other tensors",
-                    expected=sorted(shapes),
+                    expected=sorted(specs),
                     found=sorted(names),
                     fix=REBUILD,
                 )
-            for name, shape in shapes.items():
+            for name, (shape, dtypes) in specs.items():
                 view = file.get_slice(name)
                 found = (tuple(view.get_shape()), view.get_dtype())
                 if found[0] != shape or found[1] not in dtypes:
@@ -132,7 +138,7 @@ def read_tensors(
                         found=f"{list(found[0])} {found[1]}",
                         fix=REBUILD,
                     )
-            tensors = {name: file.get_tensor(name) for name in shapes}
+            tensors = {name: file.get_tensor(name) for name in specs if name not in leave}
     except (SafetensorError, OSError) as error:
         raise MemoryPackError(
             path, "not a readable safetensors file", found=error, fix=REBUILD

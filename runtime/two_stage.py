@@ -5,18 +5,32 @@ fp32. What int8 loses is only who is a candidate; the neighbours are the K best 
 by their exact scores, so their similarities are exact. This is the NumPy reference: the blend with
 this search in the place of `blend.search` is what the CUDA kernels return (trt_plugins/kernels),
 and, where the scan rounds the queries to int8 too, the gate `two-stage` of the CPU (runtime/gates).
+
+A compressed memory is scanned by projected keys (projection.py) in the place of int8 keys; all
+else is the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .blend import Blended, Floats, GateMemory, blend_found, inner_products, prepare_queries, rank
+from .blend import (
+    RBF_CLIP,
+    Blended,
+    Floats,
+    GateMemory,
+    blend_found,
+    inner_products,
+    prepare_queries,
+    rank,
+)
+from .compressed import CompressedMemory
 from .errors import SettingError
+from .projection import projected_products
 
 MAX_CANDIDATES = 64
 
@@ -122,37 +136,74 @@ def scan_scores(
     return masked
 
 
-def rank_candidates(
-    candidates: NDArray[np.int64],
+def search_compressed(
     x: Floats,
-    memory: GateMemory,
+    memory: CompressedMemory,
+    candidates: int,
     dtype: type[np.floating[Any]],
+    *,
+    int8_queries: bool = False,
 ) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
-    """The K best of candidates [T, R] of each x [T, D], whose keys alone are read.
+    """`search_in_two_stages` of a compressed memory: its projected keys are scanned.
+
+    Raises:
+        SettingError: Unless K ≤ R ≤ 64.
+    """
+    check_candidates(candidates, min(memory.k, len(memory.keys)))
+    scores = projected_scores(x, memory, dtype, int8_queries=int8_queries)
+    best = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :candidates], axis=1)
+    whole = memory.without_keys()
+    queries = prepare_queries(x, whole)
+    products = np.einsum("trd,td->tr", memory.rows(best), queries)
+    return rank_products(best, products, memory.norms[best].astype(dtype), queries, whole)
+
+
+def projected_scores(
+    x: Floats,
+    memory: CompressedMemory,
+    dtype: type[np.floating[Any]],
+    *,
+    int8_queries: bool = False,
+) -> Floats:
+    """What a scan of projected keys ranks by [T, N]; -inf from n_valid.
+
+    For cosine, as many times too large as the query is long, which ranks the same.
+    """
+    queries = np.clip(x.astype(dtype) - memory.center.astype(dtype), -RBF_CLIP, RBF_CLIP)
+    keys = replace(memory.scan, scales=memory.scan_scales())
+    scores = projected_products(queries, keys, int8_queries=int8_queries)
+    if memory.similarity == "rbf":
+        scores = 2 * scores - memory.norms.astype(dtype)
+    masked: Floats = np.where(np.arange(len(memory.keys)) < memory.n_valid, scores, -np.inf)
+    return masked
+
+
+def rank_products(
+    candidates: NDArray[np.int64],
+    products: Floats,
+    norms: Floats,
+    queries: Floats,
+    memory: GateMemory,
+) -> tuple[NDArray[np.int64], Floats, NDArray[np.bool_]]:
+    """The K best of candidates [T, R] by their exact inner products and squared norms [T, R].
 
     Args:
-        candidates: Of each row entries in rising order, R ≥ min(K, N).
-        x: Router inputs.
-        memory: What they are entries of.
-        dtype: Arithmetic.
+        candidates: Of each row entries in rising order.
+        products: With the queries, true scale.
+        norms: Squared lengths of the candidates' keys.
+        queries: Prepared, [T, D].
+        memory: Its keys are not read.
     """
-    queries = prepare_queries(x, memory)
-    scores = np.empty(candidates.shape, dtype)
-    kept = np.empty((candidates.shape[1], memory.keys.shape[1]), memory.keys.dtype)
-    multipliers, norms = memory.key_scales[candidates].astype(dtype).transpose(2, 0, 1)
-    # Capacity may hold anything, NaN and infinities too.
-    with np.errstate(invalid="ignore", over="ignore"):
-        for row, entries in enumerate(candidates):
-            memory.keys.take(entries, axis=0, out=kept, mode="clip")
-            # Not a product of matrices: libraries of those take threads that nobody gave them.
-            np.einsum("rd,d->r", kept, queries[row], out=scores[row])
-        scores *= multipliers
-        if memory.similarity == "rbf":
-            scores = 2 * scores - norms
+    dtype = products.dtype.type
+    scores = products
+    if memory.similarity == "rbf":
+        with np.errstate(invalid="ignore", over="ignore"):  # beyond n_valid
+            scores = 2 * products - norms
     exists = candidates < memory.n_valid
     scores = np.where(exists, scores, -np.inf)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, : min(memory.k, len(memory.keys))]
-    found, best = (np.take_along_axis(rows, order, axis=1) for rows in (exists, scores))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : memory.k]
+    found: NDArray[np.bool_] = np.take_along_axis(exists, order, axis=1)
+    best: Floats = np.take_along_axis(scores, order, axis=1)
     if memory.similarity == "rbf":
         squares = (queries**2).sum(axis=1, keepdims=True)
         best = np.exp(-dtype(memory.calibration.gamma) * np.maximum(squares - best, 0))

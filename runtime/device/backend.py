@@ -17,6 +17,7 @@ from knnmoe.trt_plugins.step_kernels import StepKernels
 
 from ..blend import GateMemory
 from ..bundle import Bundle, describe_file
+from ..compressed import Memory, widened
 from ..engines.base import Array, Engine
 from ..engines.engine_set import EngineSet, check_producer, find_engines
 from ..errors import BackendError, SettingError
@@ -96,7 +97,7 @@ class DeviceBackend:
             for file in files:
                 self._engine(file)
 
-    def layout(self, memories: Sequence[GateMemory | None]) -> DeviceLayout:
+    def layout(self, memories: Sequence[Memory | None]) -> DeviceLayout:
         """See `ModelBackend.layout`: in place where the resident block has room.
 
         Raises:
@@ -105,6 +106,11 @@ class DeviceBackend:
             DeviceError: If the device has too little memory.
         """
         covered = tuple(memory is not None for memory in memories)
+        return self._layout_of([widened(memory) for memory in memories], covered)
+
+    def _layout_of(
+        self, memories: Sequence[GateMemory | None], covered: tuple[bool, ...]
+    ) -> DeviceLayout:
         if self.layout_name == "fused":
             memories = [fused_memory(self._bundle, memory) for memory in memories]
             self._check_neighbors(memories)

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 IR_VERSION = 10
 OPSETS = (("", 20), ("com.microsoft", 1))
-_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7}
+_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7, "float16": 10}
 _EXTERNAL = 1
 
 Dimension = int | str

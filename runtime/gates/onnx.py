@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..blend import GateMemory
+from ..compressed import Memory
 from ..engines.base import Array, Engine, Run
 from .base import GateBuffers, GateTrace
 
 FROZEN = "frozen"
 
 
-def graph_name(memory: GateMemory | None) -> str:
+def graph_name(memory: Memory | None) -> str:
     """Which of a bundle's gate graphs runs this memory."""
     if memory is None:
         return FROZEN

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..blend import GateMemory
+from ..compressed import CompressedMemory, Memory, widened
 from ..engines.onnxruntime import OrtEngine
 from ..errors import BackendError
 from ..routing import RoutingRule
@@ -27,7 +27,7 @@ EngineOf = Callable[[str], OrtEngine]
 
 def make_gate(
     backend: Backend,
-    memory: GateMemory | None,
+    memory: Memory | None,
     rule: RoutingRule,
     experts_per_token: int,
     engine_of: EngineOf,
@@ -51,6 +51,7 @@ def make_gate(
     if chosen == "two-stage" and memory is not None:
         engine = engine_of(graph_name(memory))
         return TwoStageGate.over(engine, memory, rule, experts_per_token, selection_bias)
+    memory = widened(memory)
     if chosen in ("onnx", "two-stage"):
         return OnnxGate.over(engine_of(graph_name(memory)), memory, selection_bias)
     if chosen == "faiss" and memory is not None:
@@ -69,13 +70,16 @@ def make_gate(
     return NumpyGate(rule, experts_per_token, memory, dtype, selection_bias)
 
 
-def choose(memory: GateMemory | None) -> Backend:
+def choose(memory: Memory | None) -> Backend:
     """The ONNX graph, which scans the keys as they are; for larger memories the two stages.
 
-    For memories too large to scan whole at every token it is faiss, if that is installed.
+    For memories too large to scan whole at every token, and not compressed, it is faiss, if that is
+    installed.
     """
     if memory is None:
         return "onnx"
+    if isinstance(memory, CompressedMemory):
+        return "two-stage" if pays(memory) else "onnx"
     if memory.n_valid > EXACT_ENTRIES and find_spec("faiss") is not None:
         return "faiss"
     return "two-stage" if pays(memory) else "onnx"

@@ -15,6 +15,7 @@ from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.engines.onnx_bytes import Node, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.errors import BackendError, SettingError
+from knnmoe.runtime.gates import scan as scan_graphs
 from knnmoe.runtime.gates import two_stage
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.onnx import graph_name
@@ -126,7 +127,9 @@ def test_candidates_are_those_with_the_best_scores_of_the_scan(
     # Sizes that no one scale of all rows would do justice to.
     x = queries(memory, 6) * np.array([[1e-3], [1], [1], [30], [1], [0]], np.float32)
     found = np.zeros((6, 20), np.int64)
-    two_stage.scan_engine(memory, 20, threads=1).bind({"router_input": x}, {"candidates": found})()
+    scan_graphs.scan_engine(memory, 20, threads=1).bind(
+        {"router_input": x}, {"candidates": found}
+    )()
     scores = scan_scores(x, memory, quantize_keys(memory.keys), np.float64, int8_queries=True)
     for row, entries in enumerate(found):
         assert (np.diff(entries) > 0).all()
@@ -199,7 +202,8 @@ def test_where_it_gains_nothing_several_tokens_are_searched_exactly(bench: Bench
     memory = bench.memory(10, entries=200, k=4)
     made = bench.gate(memory, candidates=4)
     # Candidates that are none: who reads them finds nobody near.
-    blind = replace(made, many=False, scan=two_stage.scan_engine(replace(memory, n_valid=0), 4))
+    blind_scan = scan_graphs.scan_engine(replace(memory, n_valid=0), 4)
+    blind = replace(made, many=False, scan=scan_graphs.Int8Scan(blind_scan, memory, 4))
     x = queries(memory)
     _, trace = bench.run(blind, x, np.zeros((TOKENS, 8)), np.zeros((1, 2)))
     np.testing.assert_array_equal(trace.neighbors, search(x, memory, np.float64)[0])
@@ -227,8 +231,8 @@ def test_products_that_a_processor_would_cut_off_are_computed_otherwise(
     x = queries(memory)
     found = [np.zeros((TOKENS, 16), np.int64) for _ in range(2)]
     for cut_off, entries in zip((False, True), found, strict=True):
-        monkeypatch.setattr(two_stage, "int8_is_cut_off", lambda cut_off=cut_off: cut_off)
-        engine = two_stage.scan_engine(memory, 16, threads=1)
+        monkeypatch.setattr(scan_graphs, "int8_is_cut_off", lambda cut_off=cut_off: cut_off)
+        engine = scan_graphs.scan_engine(memory, 16, threads=1)
         engine.bind({"router_input": x}, {"candidates": entries})()
     np.testing.assert_array_equal(*found)
 

@@ -1,0 +1,98 @@
+"""A gate's memory as a compressed pack holds it: keys as stored, and projected ones to scan.
+
+The keys may be mapped from their file: of 100,000 entries a step reads some dozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .blend import GateMemory
+from .calibration import Calibration, Similarity
+from .projection import ProjectedKeys
+
+
+@dataclass(frozen=True)
+class CompressedMemory:
+    """One gate's memory for the gate `two-stage`.
+
+    Attributes:
+        keys: [N, D] as stored: fp16 or fp32 router inputs, or int8 steps from the centre.
+        multipliers: [N, 1] fp32: what a centred key (int8: a row of steps) is multiplied with
+            to be what queries are compared with.
+        norms: [N] fp32: squared length of that.
+        scan: The projection; its scales are those of the centred keys.
+        candidates: R, which the projection was made for.
+        lengths: [N] fp32: of the centred keys.
+        values, n_valid, k, center, calibration, similarity, rule_first: As in `GateMemory`.
+    """
+
+    keys: NDArray[Any]
+    multipliers: NDArray[np.float32]
+    norms: NDArray[np.float32]
+    lengths: NDArray[np.float32]
+    scan: ProjectedKeys
+    candidates: int
+    values: NDArray[np.float32]
+    n_valid: int
+    k: int
+    center: NDArray[np.float32]
+    calibration: Calibration
+    similarity: Similarity
+    rule_first: bool
+
+    def rows(self, entries: Any) -> NDArray[np.float32]:
+        """Keys of some entries as they are compared, fp32."""
+        kept: NDArray[np.float32] = self._shifted(entries) * self.multipliers[entries]
+        return kept
+
+    def centred(self, entries: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Keys of some entries minus the centre, fp32."""
+        kept = self.rows(entries)
+        if self.similarity == "cosine":
+            kept *= self.lengths[entries, None]
+        return kept
+
+    def _shifted(self, entries: Any) -> NDArray[np.float32]:
+        kept: NDArray[np.float32] = self.keys[entries].astype(np.float32)
+        return kept if self.keys.dtype == np.int8 else kept - self.center
+
+    def widened(self) -> GateMemory:
+        """The same memory with all keys in fp32, as exact search takes it."""
+        return self._as_gate_memory(self.rows(slice(None)), self.norms)
+
+    def without_keys(self) -> GateMemory:
+        """The same memory without its keys: what blending found neighbours takes."""
+        return self._as_gate_memory(np.zeros((0, self.keys.shape[1]), np.float32), self.norms[:0])
+
+    def scan_scales(self) -> NDArray[np.float32]:
+        """[N]: what a product of a projected query with a row of codes is multiplied with."""
+        if self.similarity == "rbf":
+            return self.scan.scales
+        divisors = np.where(self.lengths > 0, self.lengths, np.float32(1))
+        return (self.scan.scales / divisors).astype(np.float32)
+
+    def _as_gate_memory(self, keys: NDArray[np.float32], norms: NDArray[np.float32]) -> GateMemory:
+        return GateMemory(
+            keys=keys,
+            key_scales=np.stack([np.ones_like(norms), norms], axis=1),
+            values=self.values,
+            n_valid=self.n_valid,
+            k=self.k,
+            center=self.center,
+            calibration=self.calibration,
+            similarity=self.similarity,
+            rule_first=self.rule_first,
+        )
+
+
+Memory = GateMemory | CompressedMemory
+
+
+def widened(memory: Memory | None) -> GateMemory | None:
+    """A memory as every gate takes it."""
+    return memory.widened() if isinstance(memory, CompressedMemory) else memory

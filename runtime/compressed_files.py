@@ -1,0 +1,153 @@
+"""What a compressed memory pack adds to a gate's file: its tensors, read and checked.
+
+The full keys are mapped, not read: a step needs some dozen of them. They are looked through once,
+a piece at a time, because their lengths are needed and their numbers must be finite.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calibration import Similarity
+from .errors import MemoryPackError
+from .projection import WIDTH_STEP, ProjectedKeys, decode
+
+COMPRESS_AGAIN = "Compress the memory again with `knnmoe memory compress`."
+SCAN_TENSORS = ("scan_projection", "scan_projection_scales", "scan_codes", "scan_scales")
+_AT_ONCE = 1 << 22  # elements
+_SAMPLE = 64  # entries
+_DTYPES = {"F16": np.float16, "F32": np.float32, "I8": np.int8}
+_SKEW = 0.05  # of products of unit rows that should be orthogonal; rounding to int8 leaves 0.01
+_OFF = 0.5  # relative error of a projected key; 4 bits leave 0.15
+
+
+@dataclass(frozen=True)
+class ScanStatement:
+    """What a pack says of a gate's projection.
+
+    Attributes:
+        width: W, dimensions.
+        bits: Of each of them, 4 or 8.
+        candidates: R, which it was made for.
+        neighbors: K, at which recall was measured.
+        similarity: The similarity it was measured for.
+        recall: Share of the K nearest of held-back keys that are among the R candidates.
+    """
+
+    width: int
+    bits: int
+    candidates: int
+    neighbors: int
+    similarity: Similarity
+    recall: float
+
+    def serves(self, similarity: Similarity, neighbors: int) -> bool:
+        """Whether what was measured covers this use."""
+        return similarity == self.similarity and neighbors <= self.neighbors
+
+
+def scan_specs(
+    statement: ScanStatement, entries: int, size: int
+) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shapes and dtypes of the tensors of a projection."""
+    width = statement.width
+    return {
+        "scan_projection": ((width, size), ("I8",)),
+        "scan_projection_scales": ((width,), ("F32",)),
+        "scan_codes": ((entries, width * statement.bits // 8), ("U8",)),
+        "scan_scales": ((entries,), ("F32",)),
+    }
+
+
+def width_is_possible(width: int, size: int) -> bool:
+    """Whether keys of D elements can be projected to W."""
+    return width % WIDTH_STEP == 0 and 0 < width <= size and size % WIDTH_STEP == 0
+
+
+def map_tensor(path: Path, name: str) -> NDArray[Any]:
+    """A tensor of a safetensors file that was checked, read-only and mapped."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        stated = json.loads(file.read(length))[name]
+    dtype, shape = _DTYPES[stated["dtype"]], tuple(stated["shape"])
+    offset = 8 + length + stated["data_offsets"][0]
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def key_lengths(
+    path: Path, center: NDArray[np.float32], steps: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """Lengths [N] of the centred keys of a gate's file.
+
+    Args:
+        path: The gate's file, checked.
+        center: [D] fp32.
+        steps: [N] of int8 keys.
+
+    Raises:
+        MemoryPackError: If keys are not finite.
+    """
+    parts = []
+    for piece in _pieces(path, "keys"):
+        rows = piece.astype(np.float32)
+        if steps is None:
+            rows -= center
+        # Also finds what is not finite, without a pass of its own.
+        parts.append(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)))
+    lengths = np.concatenate(parts)
+    if not np.isfinite(lengths).all():
+        raise MemoryPackError(path, "tensor keys has NaN or infinite numbers", fix=COMPRESS_AGAIN)
+    return (lengths if steps is None else lengths * steps).astype(np.float32)
+
+
+def _pieces(path: Path, name: str) -> Iterator[NDArray[Any]]:
+    """Rows of a tensor of a file, some at a time, read and not mapped."""
+    mapped = map_tensor(path, name)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        stated = json.loads(file.read(length))[name]
+        file.seek(8 + length + stated["data_offsets"][0])
+        rows = max(1, _AT_ONCE // mapped.shape[1])
+        for start in range(0, len(mapped), rows):
+            shape = (min(rows, len(mapped) - start), mapped.shape[1])
+            yield np.fromfile(file, mapped.dtype, shape[0] * shape[1]).reshape(shape)
+
+
+def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32]) -> None:
+    """Raise `MemoryPackError` unless the projection is one, and of these keys.
+
+    Args:
+        path: The gate's file.
+        scan: Finite, of the right shapes.
+        centred: [N', D] fp32: the keys of `sampled(N)`, minus the centre.
+    """
+    matrix = scan.matrix()
+    skew = float(np.abs(matrix @ matrix.T - np.eye(scan.width, dtype=np.float32)).max())
+    if not skew <= _SKEW:
+        raise MemoryPackError(
+            f"{path}: scan_projection", "its rows are not orthonormal",
+            expected=f"products within {_SKEW:g} of 0 and 1", found=f"off by {skew:.3g}",
+            fix=COMPRESS_AGAIN,
+        )  # fmt: skip
+    drawn = sampled(len(scan.codes))
+    right = centred @ matrix.T
+    stored = decode(scan.codes[drawn], scan.bits) * scan.scales[drawn, None]
+    off = float(np.linalg.norm(stored - right) / max(float(np.linalg.norm(right)), 1e-30))
+    if not off <= _OFF:
+        raise MemoryPackError(
+            f"{path}: scan_codes", "not the projection of the keys",
+            expected=f"a relative error of at most {_OFF:g}", found=f"{off:.3g}",
+            fix=COMPRESS_AGAIN,
+        )  # fmt: skip
+
+
+def sampled(entries: int) -> NDArray[np.int64]:
+    """The entries that are compared: some from all over."""
+    return np.unique(np.linspace(0, entries - 1, _SAMPLE).astype(np.int64))

@@ -1,0 +1,338 @@
+"""The first stage of the gate `two-stage`: graphs that find the candidates of router inputs.
+
+A graph is made of a few operators over one memory when the memory is put in place. What it scans
+are weights of it, because ONNX Runtime multiplies by int8 and int4 at speed only what it could
+rearrange beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..blend import RBF_CLIP, GateMemory
+from ..compressed import CompressedMemory
+from ..engines.base import Engine, Run
+from ..engines.onnx_bytes import Node, Tensor, graph_bytes
+from ..engines.onnxruntime import OrtEngine
+from ..projection import block_size
+from ..two_stage import quantize_keys
+
+_QUANTIZED_AT_ONCE = 1 << 22  # elements
+_FLOAT = 1  # ONNX's number of the type
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """R candidates of each of T tokens, and what is stored of them.
+
+    Attributes:
+        entries: [T, R] int64, in rising order.
+        keys: [T, R, D] fp32, as queries are compared with them.
+        key_scales: [T, R, 2] fp32: multiplier, squared norm.
+        values: [T, R, E] fp32.
+    """
+
+    entries: NDArray[np.int64]
+    keys: NDArray[np.float32]
+    key_scales: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+    @staticmethod
+    def empty(tokens: int, candidates: int, size: int, experts: int) -> Candidates:
+        """Buffers for that many."""
+        rows = (tokens, candidates)
+        return Candidates(
+            np.zeros(rows, np.int64),
+            np.zeros((*rows, size), np.float32),
+            np.zeros((*rows, 2), np.float32),
+            np.zeros((*rows, experts), np.float32),
+        )
+
+
+class Scan(Protocol):
+    """Finds candidates in one memory."""
+
+    @property
+    def candidates(self) -> int:
+        """R, at most N."""
+
+    def bind(self, x: NDArray[np.float32], found: Candidates) -> Run:
+        """Fix router inputs [T, D] and buffers, and return what fills these."""
+
+
+@dataclass(frozen=True)
+class Int8Scan:
+    """The scan of a memory whose int8 keys are made of its keys.
+
+    Args:
+        engine: `scan_engine` of the memory.
+        memory: Its keys are read at every call.
+        candidates: R.
+    """
+
+    engine: Engine
+    memory: GateMemory
+    candidates: int
+
+    def bind(self, x: NDArray[np.float32], found: Candidates) -> Run:
+        """See `Scan.bind`."""
+        scan = self.engine.bind({"router_input": x}, {"candidates": found.entries})
+        memory, entries = self.memory, found.entries
+
+        def run() -> None:
+            scan()
+            for source, target in (
+                (memory.keys, found.keys),
+                (memory.key_scales, found.key_scales),
+                (memory.values, found.values),
+            ):
+                source.take(entries, axis=0, out=target, mode="clip")
+
+        return run
+
+
+@dataclass(frozen=True)
+class ProjectedScan:
+    """The scan of a compressed memory, whose projected keys are there.
+
+    Args:
+        engine: `projected_scan_engine` of the memory.
+        inputs: Of the engine beside the router inputs: what candidates are gathered from.
+        candidates: R.
+    """
+
+    engine: Engine
+    inputs: Mapping[str, NDArray[Any]]
+    candidates: int
+
+    @staticmethod
+    def over(
+        memory: CompressedMemory, candidates: int, *, threads: int | None = None
+    ) -> ProjectedScan:
+        """The scan of one memory for R candidates."""
+        inputs: dict[str, NDArray[Any]] = {
+            "keys": memory.keys,
+            "multipliers": memory.multipliers,
+            "key_scales": np.stack([np.ones_like(memory.norms), memory.norms], axis=1),
+            "values": np.ascontiguousarray(memory.values, np.float32),
+        }
+        engine = projected_scan_engine(memory, inputs, candidates, threads=threads)
+        return ProjectedScan(engine, inputs, candidates)
+
+    def bind(self, x: NDArray[np.float32], found: Candidates) -> Run:
+        """See `Scan.bind`."""
+        outputs = {
+            "candidates": found.entries,
+            "candidate_keys": found.keys,
+            "candidate_scales": found.key_scales,
+            "candidate_values": found.values,
+        }
+        return self.engine.bind({"router_input": x, **self.inputs}, outputs)
+
+
+def projected_scan_engine(
+    memory: CompressedMemory,
+    inputs: Mapping[str, NDArray[Any]],
+    candidates: int,
+    *,
+    threads: int | None = None,
+) -> OrtEngine:
+    """What finds the candidates [T, R] of router inputs [T, D] and gathers what belongs to them.
+
+    Projection and scan are products with 8 or 4 bits (`MatMulNBits`), for which the queries are
+    rounded to int8 in blocks: `two_stage.projected_scores` with `int8_queries`. The keys' norms,
+    where they count, and the mask of entries from n_valid are the second product's bias.
+    """
+    count, size = memory.keys.shape
+    scan, rbf = memory.scan, memory.similarity == "rbf"
+    bias = -memory.norms if rbf else np.zeros(count, np.float32)
+    bias = np.where(np.arange(count) < memory.n_valid, bias, -np.inf).astype(np.float32)
+    constants: dict[str, NDArray[Any]] = {
+        "center": np.ascontiguousarray(memory.center, np.float32),
+        "low": np.array(-RBF_CLIP, np.float32),
+        "high": np.array(RBF_CLIP, np.float32),
+        "r": np.array([candidates], np.int64),
+    }
+    directions = scan.projection.view(np.uint8) ^ np.uint8(128)  # the same steps from 128
+    weights: dict[str, NDArray[Any]] = {
+        "directions": _in_blocks(directions, size, 1),
+        "direction_scales": _block_scales(scan.projection_scales, size),
+        "codes": _in_blocks(scan.codes, scan.width, 8 // scan.bits),
+        "code_scales": _block_scales(memory.scan_scales() * (2 if rbf else 1), scan.width),
+        "bias": bias,
+    }
+    int8 = memory.keys.dtype == np.int8
+    prepared = "steps" if int8 else "centred_keys"
+    nodes = [
+        Node("Sub", ["router_input", "center"], ["centred"]),
+        Node("Clip", ["centred", "low", "high"], ["queries"]),
+        _bits_product(
+            ["queries", "directions", "direction_scales"], "projected", (scan.width, size), 8
+        ),
+        _bits_product(
+            ["projected", "codes", "code_scales", "", "", "bias"],
+            "scores",
+            (count, scan.width),
+            scan.bits,
+        ),
+        *_best("scores", "candidates"),
+        Node("Gather", ["keys", "candidates"], ["stored"]),
+        Node("Cast", ["stored"], ["steps"], [("to", _FLOAT)]),
+        *([] if int8 else [Node("Sub", ["steps", "center"], ["centred_keys"])]),
+        Node("Gather", ["multipliers", "candidates"], ["factors"]),
+        Node("Mul", [prepared, "factors"], ["candidate_keys"]),
+        Node("Gather", ["key_scales", "candidates"], ["candidate_scales"]),
+        Node("Gather", ["values", "candidates"], ["candidate_values"]),
+    ]
+    experts = memory.values.shape[1]
+    graph = graph_bytes(
+        nodes,
+        [
+            Tensor("router_input", np.float32, ("tokens", size)),
+            *(Tensor(name, array.dtype, array.shape) for name, array in inputs.items()),
+        ],
+        [
+            Tensor("candidates", np.int64, ("tokens", candidates)),
+            Tensor("candidate_keys", np.float32, ("tokens", candidates, size)),
+            Tensor("candidate_scales", np.float32, ("tokens", candidates, 2)),
+            Tensor("candidate_values", np.float32, ("tokens", candidates, experts)),
+        ],
+        constants,
+        weights,
+    )
+    return OrtEngine(graph, threads=threads, weights=weights)
+
+
+def scan_engine(memory: GateMemory, candidates: int, *, threads: int | None = None) -> OrtEngine:
+    """What finds the candidates [T, R] of router inputs [T, D], entries in rising order.
+
+    Rows of int8 queries times columns of int8 keys, exact in integers; the sums become scores as
+    `two_stage.scan_scores` has them, those of cosine but for the length of the query.
+    """
+    keys, scales, norms = _scan_weights(memory)
+    size = memory.keys.shape[1]
+    cosine = memory.similarity == "cosine"
+    bound = np.float32(np.finfo(np.float32).max if cosine else RBF_CLIP)
+    step = np.array(1 / 127, np.float32)
+    constants: dict[str, NDArray[Any]] = {
+        "center": np.ascontiguousarray(memory.center, np.float32),
+        "low": np.array(-bound, np.float32),
+        "high": np.array(bound, np.float32),
+        "zero": np.array(0, np.float32),
+        "one": np.array(1, np.float32),
+        "columns": np.array([1], np.int64),
+        "step": step,
+        "middle": np.array(128, np.uint8),
+        "r": np.array([candidates], np.int64),
+    }
+    weights: dict[str, NDArray[Any]] = {"keys": keys, "scales": scales}
+    product_inputs = ["bytes", "keys", "step", "scales", "middle", ""]
+    nodes = [
+        Node("Sub", ["router_input", "center"], ["centred"]),
+        Node("Clip", ["centred", "low", "high"], ["queries"]),
+        Node("Abs", ["queries"], ["sizes"]),
+        Node("ReduceMax", ["sizes", "columns"], ["largest"]),
+        Node("Greater", ["largest", "zero"], ["positive"]),
+        Node("Where", ["positive", "largest", "one"], ["divisor"]),
+        Node("Div", ["queries", "divisor"], ["unit"]),
+        Node("QuantizeLinear", ["unit", "step", "middle"], ["bytes"]),
+    ]
+    valid = np.arange(len(memory.keys)) < memory.n_valid
+    if cosine:
+        # Of one query all scores may be as many times too large: the mask can ride in the product.
+        constants["mask"] = np.where(valid, 0, -np.inf).astype(np.float32)
+        nodes.append(_times([*product_inputs, "mask"], "scores"))
+    else:
+        constants["norms"] = np.where(valid, norms, np.inf).astype(np.float32)
+        nodes += [
+            _times(product_inputs[:-1], "products"),
+            Node("Add", ["largest", "largest"], ["twice"]),
+            Node("Mul", ["products", "twice"], ["nearness"]),
+            Node("Sub", ["nearness", "norms"], ["scores"]),
+        ]
+    nodes += _best("scores", "candidates")
+    graph = graph_bytes(
+        nodes,
+        [Tensor("router_input", np.float32, ("tokens", size))],
+        [Tensor("candidates", np.int64, ("tokens", candidates))],
+        constants,
+        weights,
+    )
+    return OrtEngine(graph, threads=threads, weights=weights, precise_int8=int8_is_cut_off())
+
+
+@cache
+def int8_is_cut_off() -> bool:
+    """Whether this processor cuts off sums of large products of bytes, found out by trying."""
+    size, count = 64, 16
+    weights: dict[str, NDArray[Any]] = {
+        "keys": np.full((size, count), 127, np.int8),
+        "scales": np.ones(count, np.float32),
+    }
+    graph = graph_bytes(
+        [_times(["bytes", "keys", "step", "scales", "middle"], "products")],
+        [Tensor("bytes", np.uint8, (1, size))],
+        [Tensor("products", np.float32, (1, count))],
+        {"step": np.array(1, np.float32), "middle": np.array(128, np.uint8)},
+        weights,
+    )
+    got = np.zeros((1, count), np.float32)
+    queries = np.full((1, size), 255, np.uint8)
+    OrtEngine(graph, threads=1, weights=weights).bind({"bytes": queries}, {"products": got})()
+    return bool((got != size * 127 * 127).any())
+
+
+def _times(inputs: list[str], output: str) -> Node:
+    return Node("MatMulIntegerToFloat", inputs, [output], domain="com.microsoft")
+
+
+def _scan_weights(
+    memory: GateMemory,
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
+    """int8 keys [D, N], their multipliers and squared norms [N]; zeros from n_valid."""
+    count, size = memory.keys.shape
+    keys = np.zeros((size, count), np.int8)
+    scales = np.zeros((count, 2), np.float32)
+    rows = max(1, _QUANTIZED_AT_ONCE // size)
+    for start in range(0, memory.n_valid, rows):
+        piece = slice(start, min(start + rows, memory.n_valid))
+        scan = quantize_keys(memory.keys[piece])
+        keys[:, piece] = scan.keys.T
+        scales[piece] = scan.scales
+    return keys, np.ascontiguousarray(scales[:, 0]), scales[:, 1]
+
+
+def _best(scores: str, candidates: str) -> list[Node]:
+    """The R entries with the best scores [T, N], in rising order [T, R]."""
+    return [
+        Node("TopK", [scores, "r"], ["best", "ranked"], [("axis", 1), ("sorted", 0)]),
+        Node("TopK", ["ranked", "r"], [candidates, "order"], [("axis", 1), ("largest", 0)]),
+    ]
+
+
+def _bits_product(inputs: list[str], output: str, shape: tuple[int, int], bits: int) -> Node:
+    """A product of fp32 rows [T, K], rounded to int8, with weights [N, K] of some bits."""
+    outer, inner = shape
+    attributes = [
+        ("K", inner), ("N", outer), ("bits", bits), ("block_size", block_size(inner)),
+        ("accuracy_level", 4),
+    ]  # fmt: skip
+    return Node("MatMulNBits", inputs, [output], attributes, "com.microsoft")
+
+
+def _in_blocks(codes: NDArray[np.uint8], width: int, a_byte: int) -> NDArray[np.uint8]:
+    """Codes [N, K / codes a byte] as [N, blocks, bytes]."""
+    blocks = width // block_size(width)
+    return np.ascontiguousarray(codes).reshape(len(codes), blocks, block_size(width) // a_byte)
+
+
+def _block_scales(scales: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Scales of rows [N] as those of their blocks [N, blocks]."""
+    blocks = width // block_size(width)
+    return np.repeat(scales.astype(np.float32)[:, None], blocks, axis=1)

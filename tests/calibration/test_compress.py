@@ -1,0 +1,483 @@
+"""`knnmoe memory compress`, and the gate over what it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+from conftest import make_identity
+from knnmoe.calibration.cli import memory as memory_commands
+from knnmoe.calibration.compress import (
+    CompressSettings,
+    Exact,
+    compress_pack,
+    measure_recall,
+    principal,
+    project_keys,
+    turned,
+)
+from knnmoe.runtime.blend import knn_blend, search
+from knnmoe.runtime.bundle import Bundle, describe_file
+from knnmoe.runtime.calibration import preset
+from knnmoe.runtime.compressed import CompressedMemory
+from knnmoe.runtime.engines.onnxruntime import OrtEngine
+from knnmoe.runtime.errors import MemoryPackError, SettingError
+from knnmoe.runtime.gates.base import GateBuffers, GateTrace
+from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
+from knnmoe.runtime.gates.scan import Candidates, ProjectedScan
+from knnmoe.runtime.gates.select import choose, make_gate
+from knnmoe.runtime.gates.two_stage import TwoStageGate
+from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.model import Model
+from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.two_stage import projected_scores, search_compressed
+
+SIZE, EXPERTS, ENTRIES = 64, 8, 600
+RULE = RoutingRule(2)
+
+
+def entries_of(gate: int, count: int = ENTRIES, size: int = SIZE) -> GateEntries:
+    """Keys whose spectrum decays, as that of router inputs does, far from the origin."""
+    rng = np.random.default_rng(gate)
+    spread = np.arange(1, size + 1) ** -0.7
+    keys = (rng.normal(size=(count, size)) * spread + 0.5).astype(np.float16)
+    logits = rng.normal(size=(2, count, EXPERTS)).astype(np.float16)
+    return GateEntries(keys, logits[0], logits[1], keys.mean(axis=0, dtype=np.float32))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
+    """A memory of the tiny model that is worth compressing; do not write into it."""
+    identity = make_identity(tiny_bundle)
+    assert (identity.hidden_size, identity.num_experts) == (SIZE, EXPERTS)
+    written = write_pack(
+        tmp_path_factory.mktemp("pack") / "plain",
+        model=identity,
+        gates={gate: entries_of(gate) for gate in range(identity.num_gates)},
+        variant="residual",
+        neighbors=8,
+        similarity="cosine",
+        calibration=preset("residual", weighting="softmax"),
+        origins=None,
+        provenance={"made": "at random"},
+    )
+    return written.path
+
+
+@pytest.fixture(scope="module")
+def compressed(pack: Path) -> Path:
+    """Its compressed copy; do not write into it."""
+    return compress_pack(pack, pack.parent / "compressed").pack.path
+
+
+def memory_from(
+    path: Path, similarity: Any = "cosine", *, n_valid: int = ENTRIES, variant: Any = "residual"
+) -> CompressedMemory:
+    opened = MemoryPack.open(path).with_settings(variant=variant)
+    found = opened.compressed_memory(opened.gates[0], RULE)
+    assert found is not None
+    assert found.similarity == similarity
+    return replace(found, n_valid=n_valid)
+
+
+@pytest.fixture(scope="module", params=["cosine", "rbf"])
+def by_similarity(request: Any, pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A compressed pack of each similarity, and which it is."""
+    folder = tmp_path_factory.mktemp(request.param)
+    opened = MemoryPack.open(pack)
+    identity, numbers = opened.model, replace(opened.gates[0].calibration, gamma=0.2)
+    plain = write_pack(
+        folder / "plain", model=identity, gates={0: entries_of(0)}, variant="residual",
+        neighbors=8, similarity=request.param, calibration=numbers, origins=None, provenance={},
+    )  # fmt: skip
+    return compress_pack(plain.path, folder / "compressed").pack.path, request.param
+
+
+def queries(memory: CompressedMemory, tokens: int, seed: int = 5) -> Any:
+    """Router inputs as near to entries as those of a domain are."""
+    rng = np.random.default_rng(seed)
+    near = memory.centred(rng.integers(0, max(1, memory.n_valid), tokens)) + memory.center
+    spread = np.arange(1, SIZE + 1) ** -0.7
+    return (near + 0.3 * spread * rng.normal(size=near.shape)).astype(np.float32)
+
+
+def engine_for(bundle: Path, memory: Any, threads: int = 1) -> OrtEngine:
+    opened = Bundle.open(bundle)
+    return OrtEngine(opened.file(opened.manifest.gates[graph_name(memory)].file), threads=threads)
+
+
+def route(gate: Any, x: Any, rows: Any) -> tuple[GateBuffers, GateTrace]:
+    """One call for one sequence of T tokens, traced."""
+    tokens = len(x)
+    buffers = GateBuffers(
+        router_input=x,
+        router_logits=rows.astype(np.float32),
+        state=np.zeros((1, 2), np.float32),
+        lengths=np.array([tokens]),
+        expert_ids=np.zeros((tokens, 2), np.int32),
+        expert_weights=np.zeros((tokens, 2), np.float32),
+        state_out=np.zeros((1, 2), np.float32),
+    )
+    trace = GateTrace.empty(tokens, gate.neighbors)
+    gate.bind(buffers, trace)()
+    return buffers, trace
+
+
+# --- the reference and the gate ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_the_gate_routes_as_the_exact_one_where_all_neighbours_are_candidates(
+    tiny_bundle: Path, by_similarity: Any, tokens: int, threads: int
+) -> None:
+    path, similarity = by_similarity
+    memory = memory_from(path, similarity)
+    x = queries(memory, tokens)
+    rows = np.random.default_rng(1).normal(size=(tokens, EXPERTS))
+    engine = engine_for(tiny_bundle, memory, threads)
+    exact, exact_trace = route(OnnxGate.over(engine, memory.widened()), x, rows)
+    gate = TwoStageGate.over(engine, memory, RULE, 2, candidates=64)
+    found = search_compressed(x, memory, 64, np.float64, int8_queries=True)[0]
+    assert (np.sort(found) == np.sort(search(x, memory.widened(), np.float64)[0])).all()
+    buffers, trace = route(gate, x, rows)
+    np.testing.assert_array_equal(trace.neighbors, exact_trace.neighbors)
+    np.testing.assert_allclose(trace.similarities, exact_trace.similarities, atol=2e-6)
+    np.testing.assert_array_equal(buffers.expert_ids, exact.expert_ids)
+    np.testing.assert_allclose(buffers.expert_weights, exact.expert_weights, atol=1e-5)
+    np.testing.assert_allclose(buffers.state_out, exact.state_out, atol=1e-5)
+
+
+def test_candidates_are_those_that_the_reference_scores_best(by_similarity: Any) -> None:
+    path, similarity = by_similarity
+    memory = memory_from(path, similarity, n_valid=500)
+    x = queries(memory, 6) * np.array([[1e-2], [1], [1], [30], [1], [0]], np.float32)
+    found = Candidates.empty(6, 20, SIZE, EXPERTS)
+    ProjectedScan.over(memory, 20, threads=1).bind(x, found)()
+    scores = projected_scores(x, memory, np.float64, int8_queries=True)
+    best = -np.sort(-scores, axis=1)[:, :20]
+    got = -np.sort(-np.take_along_axis(scores, found.entries, axis=1), axis=1)
+    # Of two roundings to the nearest that are as near, either may be taken.
+    slack = 0.02 * np.abs(best).max(axis=1, keepdims=True)
+    assert (got >= best - slack).all()
+    assert (np.diff(found.entries, axis=1) > 0).all()
+    np.testing.assert_allclose(
+        found.keys, memory.rows(found.entries.reshape(-1)).reshape(6, 20, -1)
+    )
+    np.testing.assert_array_equal(found.values, memory.values[found.entries])
+
+
+def test_estimates_of_scores_are_not_biased(by_similarity: Any) -> None:
+    path, similarity = by_similarity
+    memory = memory_from(path, similarity)
+    x = queries(memory, 200)
+    estimated = projected_scores(x, memory, np.float64)
+    centred = x - memory.center
+    exact = centred.astype(np.float64) @ memory.rows(slice(None)).T
+    if similarity == "rbf":
+        exact = 2 * exact - memory.norms
+    off = estimated - exact
+    assert abs(off.mean()) < 0.05 * np.abs(off).mean()
+    assert np.abs(off).mean() < 0.1 * np.abs(exact).mean()
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("n_valid", [0, 1, 9, 300])
+def test_entries_from_n_valid_count_for_nothing(
+    tiny_bundle: Path, by_similarity: Any, n_valid: int, tokens: int
+) -> None:
+    path, similarity = by_similarity
+    memory = memory_from(path, similarity, n_valid=n_valid)
+    memory.values[n_valid:] = np.nan
+    x = queries(memory, tokens)
+    rows = np.random.default_rng(2).normal(size=(tokens, EXPERTS))
+    gate = TwoStageGate.over(engine_for(tiny_bundle, memory), memory, RULE, 2, candidates=64)
+    buffers, trace = route(gate, x, rows)
+    state, lengths = np.zeros((1, 2)), np.array([tokens])
+    expected = knn_blend(x, rows, memory.widened(), state, lengths, dtype=np.float64)
+    real = min(8, n_valid)
+    np.testing.assert_array_equal(trace.neighbors[:, :real], expected.neighbors[:, :real])
+    np.testing.assert_allclose(trace.similarities, expected.similarities, atol=2e-5)
+    ids, weights = RULE.apply(expected.rows)
+    np.testing.assert_array_equal(buffers.expert_ids, ids)
+    np.testing.assert_allclose(buffers.expert_weights, weights, atol=2e-5)
+
+
+def test_fewer_entries_than_candidates_are_all_scored(tiny_bundle: Path, compressed: Path) -> None:
+    whole = memory_from(compressed)
+    few = replace(
+        whole, keys=whole.keys[:12], multipliers=whole.multipliers[:12], norms=whole.norms[:12],
+        lengths=whole.lengths[:12], values=whole.values[:12], n_valid=12, k=20,
+        scan=replace(whole.scan, codes=whole.scan.codes[:12], scales=whole.scan.scales[:12]),
+    )  # fmt: skip
+    gate = TwoStageGate.over(engine_for(tiny_bundle, few), few, RULE, 2)
+    assert (gate.candidates, gate.neighbors) == (12, 12)
+    x = queries(few, 1)
+    _, trace = route(gate, x, np.zeros((1, EXPERTS)))
+    np.testing.assert_array_equal(trace.neighbors, search(x, few.widened(), np.float64)[0])
+
+
+def test_more_neighbours_than_candidates_are_refused(tiny_bundle: Path, compressed: Path) -> None:
+    memory = replace(memory_from(compressed), k=33)
+    with pytest.raises(SettingError, match=r"^neighbors: .*; expected at most 32; found 33"):
+        TwoStageGate.over(engine_for(tiny_bundle, memory), memory, RULE, 2)
+
+
+# --- in a model --------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_projection_where_it_pays_and_other_gates_ignore_it(
+    tiny_bundle: Path, compressed: Path
+) -> None:
+    memory = memory_from(compressed)
+    engine_of: Callable[[str], OrtEngine] = lambda _: engine_for(tiny_bundle, memory)  # noqa: E731
+    assert choose(memory) == "onnx"  # small
+    large = replace(memory, keys=np.broadcast_to(memory.keys[:1], (1 << 15, SIZE)))
+    assert choose(large) == "two-stage"
+    for backend in ("auto", "onnx", "numpy"):
+        gate: Any = make_gate(backend, memory, RULE, 2, engine_of)  # type: ignore[arg-type]
+        assert gate.backend == ("numpy" if backend == "numpy" else "onnx")
+
+
+def test_a_compressed_memory_serves_a_model_and_is_swapped(
+    tiny_bundle: Path, pack: Path, tmp_path: Path
+) -> None:
+    # Router inputs of a random model are like no key: they need all the directions.
+    settings = CompressSettings(scan_width=SIZE, scan_bits=8, candidates=64)
+    compressed = compress_pack(pack, tmp_path / "wide", settings).pack.path
+    exact = Model.load(tiny_bundle, memory=pack, gate="onnx", threads=1)
+    model = Model.load(tiny_bundle, memory=compressed, gate="two-stage", threads=1)
+    frozen = Model.load(tiny_bundle, threads=1)
+    ids = np.random.default_rng(0).integers(0, 256, 20)
+    logits = model.logits(ids)
+    np.testing.assert_allclose(logits, exact.logits(ids), atol=1e-4)
+    assert np.abs(logits - frozen.logits(ids)).max() > 1e-3
+    model.disable_memory()
+    np.testing.assert_array_equal(model.logits(ids), frozen.logits(ids))
+    model.swap_memory(compressed)
+    np.testing.assert_array_equal(model.logits(ids), logits)
+    ignored = Model.load(tiny_bundle, memory=compressed, gate="onnx", threads=1)
+    np.testing.assert_allclose(ignored.logits(ids), exact.logits(ids), atol=1e-5)
+
+
+def test_a_use_that_recall_was_not_measured_for_does_without_the_projection(
+    compressed: Path,
+) -> None:
+    opened = MemoryPack.open(compressed)
+    for settings, served in (
+        ({}, True),
+        ({"neighbors": 4}, True),
+        ({"neighbors": 9}, False),
+        ({"similarity": "rbf"}, False),
+    ):
+        used = opened.with_settings(**settings)  # type: ignore[arg-type]
+        found = used.memory_of(used.gates[0], RULE)
+        assert isinstance(found, CompressedMemory) == served
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_pack_keeps_everything_but_what_was_asked_for(pack: Path, compressed: Path) -> None:
+    before, after = MemoryPack.open(pack), MemoryPack.open(compressed)
+    assert (after.model, after.neighbors, after.variant) == (
+        before.model, before.neighbors, before.variant,
+    )  # fmt: skip
+    assert after.provenance["compressed"]["candidates"] == 32
+    for old, new in zip(before.gates, after.gates, strict=True):
+        assert (new.calibration, new.entries) == (old.calibration, old.entries)
+        for name, tensor in vars(before.read(old)).items():
+            np.testing.assert_array_equal(getattr(after.read(new), name), tensor)
+
+
+def test_int8_keys_are_within_half_a_step_and_are_what_every_gate_reads(
+    pack: Path, tmp_path: Path
+) -> None:
+    settings = CompressSettings(keys="int8")
+    small = compress_pack(pack, tmp_path / "int8", settings).pack
+    gate = small.gates[0]
+    stored = load_file(small.path / gate.stored.file)
+    assert stored["keys"].dtype == np.int8
+    whole, original = small.read(gate), entries_of(0)
+    off = np.abs(whole.keys - original.keys.astype(np.float32))
+    assert (off <= 0.501 * stored["key_steps"][:, None] + 1e-6).all()
+    memory = small.compressed_memory(gate, RULE)
+    assert memory is not None
+    exact = small.gate_memory(gate, RULE)
+    np.testing.assert_allclose(memory.widened().keys, exact.keys, atol=1e-5)
+    x = queries(memory, 1)
+    found = Candidates.empty(1, 16, SIZE, EXPERTS)
+    ProjectedScan.over(memory, 16, threads=1).bind(x, found)()
+    np.testing.assert_allclose(found.keys[0], exact.keys[found.entries[0]], atol=1e-5)
+
+
+def test_the_width_chosen_is_the_smallest_that_finds_the_neighbours() -> None:
+    rng = np.random.default_rng(0)
+    # All that tells these keys apart lies in 40 directions of 128.
+    basis = np.linalg.qr(rng.normal(size=(128, 128)))[0][:40]
+    keys = (rng.normal(size=(2000, 40)) @ basis).astype(np.float32)
+    exact = Exact.of(keys[:200], keys[200:], 8, "cosine")
+    directions = principal(keys[200:])
+    recalls = [measure_recall(exact, turned(directions, w, 0), 8, 32) for w in (32, 64, 128)]
+    assert recalls[0] < 0.99
+    assert min(recalls[1:]) > 0.999
+
+
+def test_a_projection_has_orthonormal_rows_and_codes_as_long_as_what_they_stand_for() -> None:
+    keys = entries_of(3).keys.astype(np.float32)
+    keys -= keys.mean(axis=0)
+    for bits in (4, 8):
+        scan = project_keys(keys, turned(principal(keys), 32, 0), bits)
+        matrix = scan.matrix()
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(32), atol=0.02)
+        assert (scan.width, scan.bits) == (32, bits)
+        from knnmoe.runtime.projection import decode
+
+        stands_for = decode(scan.codes, bits) * scan.scales[:, None]
+        lengths = np.linalg.norm(keys @ matrix.T, axis=1)
+        np.testing.assert_allclose(np.linalg.norm(stands_for, axis=1), lengths, rtol=1e-4)
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(memory_commands, ["compress", *map(str, arguments)])
+
+
+def test_the_command_prints_a_row_a_gate_and_one_json_object(pack: Path, tmp_path: Path) -> None:
+    shown = call(pack, tmp_path / "a", "--scan-width", 32, "--scan-bits", 8)
+    assert shown.exit_code == 0, shown.output
+    assert "recall@8" in shown.output
+    printed = call(pack, tmp_path / "b", "--keys", "fp16", "--candidates", 64, "--json")
+    found = json.loads(printed.stdout)
+    assert [gate["gate"] for gate in found["gates"]] == [0, 1, 2]
+    for gate in found["gates"]:
+        assert gate["recall"] >= 0.999
+        assert gate["bytes_after"] > gate["bytes_before"]
+        assert gate["scanned_bytes"] == gate["entries"] * gate["width"] * gate["bits"] // 8
+    first = MemoryPack.open(tmp_path / "a").gates[0].scan
+    assert first is not None
+    assert (first.width, first.bits, first.candidates) == (32, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--scan-width", 40), "scan width: out of range expected: a multiple of 32"),
+        (("--scan-width", 96), "scan width: does not fit the model"),
+        (("--candidates", 4), "candidates: out of range expected: 8"),
+        (("--candidates", 65), "candidates: out of range"),
+        (("--recall", 1.5), "recall: out of range"),
+        (("--scan-width", 32, "--recall", 0), "recall: out of range"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_written(
+    pack: Path, tmp_path: Path, options: Any, says: str
+) -> None:
+    result = call(pack, tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert says in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_no_projection_suits_and_packs_that_are_compressed_are_refused(
+    tiny_bundle: Path, tiny_pack: Path, compressed: Path, tmp_path: Path
+) -> None:
+    # Entries are too few to lose any among 64 candidates, but with 8 candidates for 8 neighbours.
+    settings = CompressSettings(candidates=8, recall=1.0, scan_bits=4)
+    with pytest.raises(MemoryPackError, match="no projection finds enough of the neighbours"):
+        compress_pack(tiny_pack, tmp_path / "out", settings)
+    with pytest.raises(MemoryPackError, match="is compressed already"):
+        compress_pack(compressed, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- damaged packs -----------------------------------------------------------------------------
+
+
+def damage(pack: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tensors of gate 0 and state their hash truthfully, as an attacker would."""
+    path = pack / "gate-00.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    stated = describe_file(path)
+    manifest = json.loads((pack / "memory.json").read_text())
+    manifest["gates"][0] |= {"sha256": stated.sha256, "size": stated.size}
+    (pack / "memory.json").write_text(json.dumps(manifest))
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a row twice": (
+        lambda t: t["scan_projection"].__setitem__(1, t["scan_projection"][0]),
+        "scan_projection: its rows are not orthonormal",
+    ),
+    "lengths": (
+        lambda t: t.update(scan_projection_scales=t["scan_projection_scales"] * 2),
+        "scan_projection: its rows are not orthonormal",
+    ),
+    "codes of other entries": (
+        lambda t: t.update(scan_codes=t["scan_codes"][::-1].copy()),
+        "scan_codes: not the projection of the keys",
+    ),
+    "scales": (
+        lambda t: t.update(scan_scales=t["scan_scales"] * 3),
+        "scan_codes: not the projection of the keys",
+    ),
+    "NaN scales": (lambda t: t["scan_scales"].__setitem__(5, np.nan), "scan_scales has NaN"),
+    "NaN keys": (lambda t: t["keys"].__setitem__((7, 3), np.nan), "keys has NaN"),
+    "narrower": (lambda t: t.update(scan_codes=t["scan_codes"][:, :8].copy()), "scan_codes has"),
+    "missing": (lambda t: t.pop("scan_scales"), "holds other tensors"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_projection_is_refused_and_the_old_memory_keeps_serving(
+    tiny_bundle: Path, compressed: Path, tmp_path: Path, name: str
+) -> None:
+    copy = Path(shutil.copytree(compressed, tmp_path / "copy"))
+    change, says = DAMAGES[name]
+    damage(copy, change)
+    model = Model.load(tiny_bundle, memory=compressed, gate="two-stage", threads=1)
+    before = model.logits([1, 2, 3])
+    with pytest.raises(MemoryPackError, match=says):
+        model.swap_memory(copy)
+    np.testing.assert_array_equal(model.logits([1, 2, 3]), before)
+
+
+def test_bytes_changed_after_writing_are_found_by_the_hash(
+    compressed: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(compressed, tmp_path / "copy"))
+    with (copy / "gate-00.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(MemoryPackError, match="sha256 differs"):
+        MemoryPack.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("width", 33), ("width", 1 << 20), ("bits", 5), ("recall", 1.5), ("candidates", 65),
+        ("candidates", 7), ("similarity", "dot"), ("extra", 1),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_states_an_impossible_projection_is_refused(
+    compressed: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    copy = Path(shutil.copytree(compressed, tmp_path / "copy"))
+    manifest = json.loads((copy / "memory.json").read_text())
+    manifest["gates"][0]["scan"][field] = value
+    (copy / "memory.json").write_text(json.dumps(manifest))
+    with pytest.raises(MemoryPackError, match=field):
+        MemoryPack.open(copy)
