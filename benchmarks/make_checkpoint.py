@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/make_checkpoint.py olmoe-1b-7b --layers 4 build/olmoe-4
 
 Speed does not depend on what the weights are, only on how many; the text such a model writes is
-noise. The files are those of a release on a model hub: `config.json`, bf16 shards with an index,
-and a tokenizer of bytes. Weights are pieces of one block of random numbers, so that a checkpoint
-takes about as long as its bytes take to write.
+noise. The files are those of a release on a model hub: `config.json`, bf16 shards with an index
+(the experts of GPT-OSS in MXFP4), and a tokenizer of bytes. Weights are pieces of one block of
+random numbers, so that a checkpoint takes about as long as its bytes take to write.
 """
 
 from __future__ import annotations
@@ -65,6 +65,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
     },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
+        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "attention_bias": True,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "swiglu_limit": 7.0, "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        },
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                       "model.embed_tokens", "lm_head"],
+        },
+    },
 }  # fmt: skip
 SHARD_BYTES = 2 << 30
 _BLOCK = 1 << 22  # random numbers
@@ -73,16 +91,33 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor: its name, its shape, and the mean and spread of its elements."""
+    """A tensor: its name, its shape, and the mean and spread of its elements.
+
+    They are bf16, or bytes (`U8`); bytes without a spread are any.
+    """
 
     name: str
     shape: tuple[int, ...]
     mean: float
     spread: float
+    dtype: str = "BF16"
+
+    @property
+    def width(self) -> int:
+        return 2 if self.dtype == "BF16" else 1
 
     @property
     def nbytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+        return self.width * int(np.prod(self.shape))
+
+    def elements(self, normal: NDArray[np.float32]) -> NDArray[Any]:
+        """Made of as many normal numbers."""
+        if self.dtype == "BF16":
+            return (self.mean + self.spread * normal).astype(ml_dtypes.bfloat16).view(np.uint16)
+        if self.spread == 0:
+            return normal.view(np.uint32).astype(np.uint8)  # the lowest bits, which are even
+        wide: NDArray[np.float32] = np.rint(self.mean + self.spread * normal)
+        return wide.clip(0, 254).astype(np.uint8)
 
 
 @click.command()
@@ -101,6 +136,8 @@ def main(name: str, out: Path, layers: int | None, seed: int) -> None:
 def make_checkpoint(name: str, out: Path, *, layers: int | None = None, seed: int = 0) -> Path:
     """Write a checkpoint; the directory must not exist."""
     config = CONFIGS[name] | _COMMON | ({} if layers is None else {"num_hidden_layers": layers})
+    if layers is not None and "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
     out.mkdir(parents=True)
     _write_json(out / "config.json", config)
     special = {key: config[key] for key in ("eos_token_id", "pad_token_id")}
@@ -141,9 +178,18 @@ def weights(config: dict[str, Any]) -> Iterator[Weight]:
             yield _norm(f"{attention}.k_norm", kv_width if whole else head)
         for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
             yield _matrix(f"{attention}.{name}", out, hidden)
-            if family == "qwen2_moe":
+            if family in ("qwen2_moe", "gpt_oss"):
                 yield Weight(f"{attention}.{name}.bias", (out,), 0.0, 0.1)
         yield _matrix(f"{attention}.o_proj", hidden, width)
+        if family == "gpt_oss":
+            yield Weight(f"{attention}.o_proj.bias", (hidden,), 0.0, 0.1)
+            yield Weight(f"{attention}.sinks", (heads,), 0.0, 1.0)
+            yield _matrix(f"{prefix}.mlp.router", experts, hidden)
+            yield Weight(f"{prefix}.mlp.router.bias", (experts,), 0.0, 0.1)
+            stacks = f"{prefix}.mlp.experts"
+            yield from _packed(f"{stacks}.gate_up_proj", experts, 2 * expert_width, hidden)
+            yield from _packed(f"{stacks}.down_proj", experts, hidden, expert_width)
+            continue
         block = f"{prefix}.block_sparse_moe" if mixtral else f"{prefix}.mlp"
         yield _matrix(f"{block}.gate", experts, hidden)
         names = ("w1", "w3", "w2") if mixtral else _GATED
@@ -162,6 +208,15 @@ def _mlp(prefix: str, hidden: int, width: int, names: tuple[str, str, str]) -> I
     yield _matrix(f"{prefix}.{gate}", width, hidden)
     yield _matrix(f"{prefix}.{up}", width, hidden)
     yield _matrix(f"{prefix}.{down}", hidden, width)
+
+
+def _packed(name: str, experts: int, out: int, inside: int) -> Iterator[Weight]:
+    """A stack of matrices in MXFP4 (4-bit floats whose mean square is 8.6), and its biases."""
+    rows = (experts, out, inside // 32)
+    scale = 127 - float(np.log2(inside * 8.6)) / 2
+    yield Weight(f"{name}_blocks", (*rows, 16), 0.0, 0.0, "U8")
+    yield Weight(f"{name}_scales", rows, scale, 0.5, "U8")
+    yield Weight(f"{name}_bias", (experts, out), 0.0, 0.1)
 
 
 def _matrix(name: str, out: int, inside: int) -> Weight:
@@ -192,7 +247,7 @@ def write_shard(
     for weight in shard:
         end = start + weight.nbytes
         header[weight.name] = {
-            "dtype": "BF16",
+            "dtype": weight.dtype,
             "shape": list(weight.shape),
             "data_offsets": [start, end],
         }
@@ -202,12 +257,11 @@ def write_shard(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in shard:
-            left = weight.nbytes // 2
+            left = weight.nbytes // weight.width
             while left:
                 begin = int(random.integers(len(block)))
                 piece = block[begin : begin + left]
-                values = (weight.mean + weight.spread * piece).astype(ml_dtypes.bfloat16)
-                file.write(values.view(np.uint16).data)
+                file.write(weight.elements(piece).data)
                 left -= len(piece)
 
 

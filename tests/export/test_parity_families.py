@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from conftest import write_tiny_pack
 from knnmoe.export.exporter import export
@@ -97,6 +98,34 @@ def by_id(ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """Experts and weights [T, k], the experts of a token in order of their ids."""
     order = np.argsort(ids, axis=1)
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"swiglu_limit": 1e9}, {"swiglu_alpha": 1.0}, {"sliding_window": 64}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_only_gpt_oss_has_shows_in_the_logits(tmp_path: Path, change: dict[str, Any]) -> None:
+    """So the comparisons above would notice if it were left out."""
+    logits = []
+    for number, entries in enumerate(({}, change)):
+        checkpoint = make_tiny(tmp_path / f"c{number}", "gpt_oss", seed=1, **entries)
+        export(checkpoint, tmp_path / f"b{number}", fused=False)
+        logits.append(Model.load(tmp_path / f"b{number}", threads=1).logits(PROMPT))
+    assert np.abs(logits[0] - logits[1]).max() > 0.05
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj_bias", "down_proj_bias", "router.bias", "sinks"])
+def test_each_of_its_vectors_shows_in_the_logits(tmp_path: Path, part: str) -> None:
+    checkpoint = make_tiny(tmp_path / "c", "gpt_oss", seed=1)
+    export(checkpoint, tmp_path / "with", fused=False)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in (name for name in tensors if name.endswith(part)):
+        tensors[name] = np.zeros_like(tensors[name])
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    export(checkpoint, tmp_path / "without", fused=False)
+    found = [Model.load(tmp_path / n, threads=1).logits(PROMPT) for n in ("with", "without")]
+    assert np.abs(found[0] - found[1]).max() > 0.05
 
 
 def likeliest(logits: np.ndarray, tokens: list[int]) -> int:
