@@ -20,7 +20,7 @@ from knnmoe.runtime import Model
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.errors import BundleError, CheckpointError, OutputError, SettingError
-from tiny import make_tiny
+from tiny import FAMILIES, make_tiny
 
 SHARD = "segments/checkpoint/model-00001-of-00002.safetensors"
 
@@ -69,6 +69,17 @@ def test_a_linked_bundle_computes_the_same_with_fewer_bytes(checkpoint, tmp_path
     weights = [weight_bytes(Bundle.open(tmp_path / name)) for name in ("plain", "linked")]
     assert weights[0] == weights[1]
     assert content(checkpoint) == before
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_of_every_family_the_same_bytes_are_read(tmp_path, family):
+    source = make_tiny(tmp_path / "c", family)
+    save_file(load_file(source / "model.safetensors"), source / "model.safetensors")  # by name
+    found = []
+    for link in (False, True):
+        export(source, tmp_path / str(link), link=link, fused=False)
+        found.append(weight_bytes(Bundle.open(tmp_path / str(link), verify=False)))
+    assert found[0] == found[1]
 
 
 def test_embedding_head_norms_and_what_lies_in_a_row_are_linked_and_nothing_else(tmp_path):
