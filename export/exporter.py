@@ -21,6 +21,7 @@ from knnmoe.runtime.bundle import (
     QUANTIZED_ONNXRUNTIME,
     SELECTION_BIAS,
     TOKENIZER,
+    WINDOWED_ONNXRUNTIME,
     Bundle,
     FileSpec,
     FusedSpec,
@@ -302,7 +303,7 @@ def export(
             files=files,
             producer=_producer(),
             quantization=storage.quantization,
-            minimum_onnxruntime=QUANTIZED_ONNXRUNTIME if storage.quantization else None,
+            minimum_onnxruntime=_minimum_onnxruntime(architecture, storage),
             linked=tuple(shard.relative_to(directory).as_posix() for shard in linked) or None,
         )
         write_manifest(directory, manifest)
@@ -389,6 +390,16 @@ def _plan_selection_biases(architecture: Architecture, source: Checkpoint) -> li
         TENSOR, size, lambda: (rows for n in names for rows in row_chunks(source.tensor(n)))
     )
     return [plan_file(Path(SELECTION_BIAS).name, [planned])]
+
+
+def _minimum_onnxruntime(architecture: Architecture, storage: Storage) -> str | None:
+    """The oldest version that computes what is meant; None for every version supported."""
+    if storage.quantization is not None:
+        return QUANTIZED_ONNXRUNTIME
+    windows = (layer.window for layer in architecture.layers)
+    reach = architecture.shape.max_positions
+    narrow = any(window is not None and window < reach for window in windows)
+    return WINDOWED_ONNXRUNTIME if narrow else None
 
 
 def _lower_quantized(

@@ -31,6 +31,8 @@ ACTIVATIONS = ("int8", "fp32")
 # QMoE takes the seam's weights as they are from here on. That of 1.23 takes them not at all, and
 # returns wrong numbers where a row is one block.
 QUANTIZED_ONNXRUNTIME = "1.31"
+# The oldest with which sliding windows were tested: in 1.23 a query sees one token more.
+WINDOWED_ONNXRUNTIME = "1.31"
 FROZEN = "frozen"
 GATE_GRAPHS = (FROZEN, "cosine", "rbf", "cosine-assignment", "rbf-assignment")
 TOKENIZER = "tokenizer.json"

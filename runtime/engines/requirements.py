@@ -11,7 +11,8 @@ from ..errors import BackendError
 def check_onnxruntime(bundle: Bundle, installed: str | None = None) -> None:
     """Raise `BackendError` if the bundle states a newer ONNX Runtime than is installed.
 
-    An older one may load a quantised graph and compute something else.
+    An older one may load a graph that is quantised or has sliding windows, and compute something
+    else.
 
     Args:
         bundle: Opened.
@@ -25,13 +26,19 @@ def check_onnxruntime(bundle: Bundle, installed: str | None = None) -> None:
 
         installed = str(onnxruntime.__version__)
     if _numbers(installed) < _numbers(wanted):
+        quantized = bundle.manifest.quantization is not None
+        what = f"{bundle.manifest.precision} operators" if quantized else "sliding windows"
+        otherwise = (
+            ", or, if the model has no sliding windows, export with --precision fp16 or fp32, "
+            "which run on every version that knnmoe supports"
+        )
         raise BackendError(
             bundle.path,
-            f"its {bundle.manifest.precision} operators need a newer ONNX Runtime",
+            f"its {what} need a newer ONNX Runtime",
             expected=f"onnxruntime >= {wanted}",
             found=installed,
-            fix=f"Run `pip install 'onnxruntime>={wanted}'` (Python 3.11 or newer), or export with "
-            "--precision fp16 or fp32, which run on every version that knnmoe supports.",
+            fix=f"Run `pip install 'onnxruntime>={wanted}'` (Python 3.11 or newer)"
+            f"{otherwise if quantized else ''}.",
         )
 
 

@@ -347,6 +347,20 @@ def test_an_older_onnxruntime_is_refused_with_advice(int4, monkeypatch, installe
         requirements.check_onnxruntime(Bundle.open(int4))
 
 
+def test_sliding_windows_want_a_newer_onnxruntime_in_every_precision(tmp_path, monkeypatch):
+    """In ONNX Runtime 1.23 a query sees a token more than its window has."""
+    windows = {"narrow": 5, "none": None, "as wide as the context": 128}
+    for name, window in windows.items():
+        source = make_tiny(tmp_path / f"c {name}", "mixtral", sliding_window=window)
+        export(source, tmp_path / name, fused=False)
+    stated = [Bundle.open(tmp_path / name).manifest.minimum_onnxruntime for name in windows]
+    assert stated == ["1.31", None, None]
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    Model.load(tmp_path / "none")
+    with pytest.raises(BackendError, match=r"its sliding windows need a newer.*found 1\.23\.2"):
+        Model.load(tmp_path / "narrow")
+
+
 @pytest.mark.parametrize(
     ("edit", "field"),
     [
