@@ -109,7 +109,7 @@ def test_an_export_may_be_interrupted_again_and_again(checkpoint, whole, tmp_pat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the killed process is a fork")
-@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_file_operation_it_goes_on_to_the_same_bundle(
     checkpoint, whole, tmp_path, overwrite, stride
@@ -180,8 +180,10 @@ main([sys.argv[1], sys.argv[2]])
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize(
-    ("number", "after"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGKILL, 1)]
-)
+    ("number", "after"),
+    [pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow), (signal.SIGINT, 2),
+     (signal.SIGKILL, 1)],
+)  # fmt: skip
 def test_a_killed_command_goes_on_when_it_is_given_again(
     checkpoint, whole, tmp_path, monkeypatch, number, after
 ):
