@@ -26,7 +26,9 @@ _DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
+    "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
+    "int4": ir.DataType.INT4,
 }
 
 
@@ -38,7 +40,7 @@ class StoredTensor:
     offset: int
     length: int
     shape: tuple[int, ...]
-    dtype: str = "float32"  # or `float16`, `uint8`
+    dtype: str = "float32"  # a key of _DTYPES
 
 
 class GraphBuilder:

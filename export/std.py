@@ -1,7 +1,8 @@
 """bundle → standard ONNX graphs, made on demand for TensorRT and ONNX Runtime's CUDA provider.
 
-They compute what the bundle's own graphs compute and read the same weight files, which stay where
-they are: a graph is some kilobytes that name places in them.
+They compute what the bundle's own graphs compute, with activations as they are, and read the same
+weight files: a graph is some kilobytes that name places in them. Only for TensorRT are 4- and 8-bit
+codes written anew (`signed_codes`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from .families import FAMILIES
 from .gate_graphs import gate_functions, gate_graph
 from .graph import GraphBuilder, keep_names_apart
 from .lowering.base import Lowering
-from .lowering.std import OPSETS, StdLowering
+from .lowering.std import BLOCK_OPSET, OPSETS, StdLowering
 from .lowering.std_attention import ATTENTION
 from .lowering.std_experts import EXPERTS
-from .lowering.std_ops import PRECISIONS, StdOptions
+from .lowering.std_ops import HOSTS, PRECISIONS, StdOptions
 from .lowering.std_weights import stored_weights
 from .split import ModelPlan, fused_graph, segment_graph
 
@@ -57,14 +58,15 @@ class StdModel:
         """Read what the graphs of a bundle depend on: its config and its weight files' headers.
 
         Raises:
-            SettingError: If an option is unknown.
-            BundleError: If the bundle's weights are quantised, its config is not that of its
-                manifest, or a weights file is malformed.
+            SettingError: If an option is unknown, or does not go with weights in blocks.
+            BundleError: If the bundle's config is not that of its manifest, or a weights file is
+                malformed.
         """
         for name, choices in (
             ("operators", ATTENTION),
             ("precision", PRECISIONS),
             ("experts", EXPERTS),
+            ("host", HOSTS),
         ):
             found = getattr(options, name)
             if found not in choices:
@@ -74,24 +76,26 @@ class StdModel:
             raise SettingError(
                 "std.capacity", "out of range", expected=">= 1", found=options.capacity
             )
-        if bundle.manifest.quantization is not None:
-            raise BundleError(
-                bundle.path / MANIFEST,
-                "its weights are stored in a precision that has no standard operators here",
-                expected="fp16 or fp32",
-                found=bundle.manifest.precision,
-                fix="Export the checkpoint with --precision fp16 or fp32.",
-            )
+        quantization, opset = bundle.manifest.quantization, OPSETS[options.operators]
+        block_size = None
+        if quantization is not None:
+            opset, block_size = max(opset, BLOCK_OPSET), quantization.block_size
+            if options.experts == "moe":
+                raise SettingError(
+                    "std.experts", "TensorRT's layer takes no weights in blocks of integers",
+                    expected="gathered or dense", found=options.experts,
+                    fix="Export the checkpoint with --precision fp16, or choose other --experts.",
+                )  # fmt: skip
 
         def lower(plan: ModelPlan, g: GraphBuilder) -> Lowering:
-            return StdLowering(g, plan.architecture, plan.stored, options)
+            return StdLowering(g, plan.architecture, plan.stored, options, block_size)
 
         plan = ModelPlan(
             architecture=_architecture(bundle),
             stored=stored_weights(bundle),
             experts_per_token=bundle.manifest.experts_per_token,
             lower=lower,
-            opset=OPSETS[options.operators],
+            opset=opset,
         )
         return StdModel(bundle, options, plan)
 

@@ -17,7 +17,7 @@ import onnx
 import onnx.numpy_helper
 
 from knnmoe import __version__
-from knnmoe.runtime.atomic import check_replaceable, new_directory
+from knnmoe.runtime.atomic import check_free_space, check_replaceable, new_directory
 from knnmoe.runtime.bundle import Bundle, describe_file
 from knnmoe.runtime.engines.engine_set import EngineSet, bundle_hash, cache_folder
 from knnmoe.runtime.engines.tensorrt import load_tensorrt
@@ -26,6 +26,8 @@ from knnmoe.runtime.probes import ask_driver
 from knnmoe.trt_plugins import library
 
 from ..graph import KNNMOE
+from ..lowering.std_weights import stored_weights
+from ..signed_codes import SignedCodes, signed_codes, write_signed
 from ..std import StdGraph, StdModel, StdOptions
 from .process import Progress, run_worker
 from .settings import BuildSettings, Range, dimension_ranges, profile, without_gate
@@ -137,7 +139,8 @@ def build(
     chosen, notes = _choose_plugin(settings, plugin)
     if chosen is None:
         settings = replace(settings, keys="float32")  # the function has no others
-    fitting = settings.for_target(target.capabilities, target.version)
+    in_blocks = bundle.manifest.quantization is not None
+    fitting = settings.for_target(target.capabilities, target.version, in_blocks=in_blocks)
     if fitting.experts == "moe":
         moe = "The experts run in TensorRT's MoE layer; --experts gathered does without."
         notes = (*notes, moe)
@@ -299,6 +302,7 @@ def _jobs(bundle: Bundle, settings: BuildSettings, *, with_plugin: bool) -> list
             precision=settings.precision,  # type: ignore[arg-type] # checked
             experts=settings.experts_of(phase),
             capacity=settings.limits.context if settings.operators == "modern" else None,
+            host="onnxruntime" if settings.backend == "onnxruntime" else "tensorrt",
         )
         model = StdModel.of(bundle, options)
         ranges = dimension_ranges(settings.limits, phase)
@@ -380,8 +384,14 @@ def _build_jobs(
         for job in jobs:
             (directory / job.file("onnx")).write_bytes(job.graph.content)
         return {job.name: {"plugin_layers": 0, "seconds": 0.0} for job in jobs}
-    with tempfile.TemporaryDirectory(prefix="knnmoe-") as name:
-        temporary = Path(name)
+    with (
+        tempfile.TemporaryDirectory(prefix="knnmoe-") as name,
+        tempfile.TemporaryDirectory(dir=directory) as beside,
+    ):
+        temporary, weights = Path(name), task.bundle.path.absolute() / "segments"
+        codes = signed_codes(job.graph.content for job in jobs)
+        if codes:
+            weights = _with_signed(task, codes, Path(beside))
         listed = []
         for job in jobs:
             graph = temporary / job.file("onnx")
@@ -389,7 +399,7 @@ def _build_jobs(
             listed.append({
                 "name": job.name,
                 "graph": str(graph),
-                "beside": str(task.bundle.path.absolute() / "segments" / "graph.onnx"),
+                "beside": str(weights / "graph.onnx"),
                 "output": str(directory.absolute() / job.file("engine")),
                 "profile": profile(job.graph.inputs, job.ranges),
             })  # fmt: skip
@@ -404,6 +414,24 @@ def _build_jobs(
         file = temporary / "jobs.json"
         file.write_text(json.dumps(content))
         return run_worker(file, settings.backend, temporary, task.progress)
+
+
+def _with_signed(task: _Task, codes: Sequence[SignedCodes], folder: Path) -> Path:
+    """Fill a folder with links to the bundle's weights, and signed codes beside them."""
+    source, stored = task.bundle.path.absolute() / "segments", stored_weights(task.bundle)
+    total = sum(stored[each.name].length for each in codes)
+    check_free_space(folder, total)
+    for location in {tensor.location for tensor in stored.values()}:
+        (folder / location).symlink_to(source / location)
+    done = 0
+
+    def count(written: int) -> None:
+        nonlocal done
+        done += written
+        task.progress("weights", "signed codes", done, total)
+
+    write_signed(codes, stored, source, folder, count)
+    return folder
 
 
 def _timing_cache(settings: BuildSettings, target: _Target) -> str | None:

@@ -99,18 +99,28 @@ class BuildSettings:
                 fix="Build on the target, or ahead with --backend tensorrt_rtx.",
             )  # fmt: skip
 
-    def for_target(self, capabilities: tuple[str, ...], version: str) -> BuildSettings:
+    def for_target(
+        self, capabilities: tuple[str, ...], version: str, *, in_blocks: bool = False
+    ) -> BuildSettings:
         """These settings, where `auto` experts are `moe` if the target has it.
 
         Args:
             capabilities: Of all the devices that engines are built for, as `86`.
             version: Of the backend.
+            in_blocks: Whether the bundle's weights are blocks of integers, which `moe` is not for.
 
         Raises:
-            SettingError: If `moe` was asked for and the target lacks it.
+            SettingError: If `moe` was asked for and the target lacks it, or it is not for the
+                bundle.
         """
-        if self.experts not in ("auto", "moe"):
+        if self.experts not in ("auto", "moe") or (in_blocks and self.experts == "auto"):
             return self
+        if in_blocks:
+            raise SettingError(
+                "experts", "TensorRT's layer takes no weights in blocks of integers",
+                expected="a bundle in fp16 or fp32", found=self.experts,
+                fix="Use --experts auto, gathered or dense.",
+            )  # fmt: skip
         lacking = self._lacks_moe(capabilities, version)
         if lacking is None:
             return replace(self, experts="moe")

@@ -17,10 +17,12 @@ from knnmoe.runtime.bundle import TensorSpec
 from .base import CacheSpecs, Pair, Stream, cache_pair
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, layer_name
 from .std_attention import ATTENTION, AttentionRule, Heads
+from .std_blocks import BlockOps
 from .std_experts import EXPERTS
 from .std_ops import Operators, StdOps, StdOptions
 
 OPSETS: dict[Operators, int] = {"primitive": 20, "modern": 24}
+BLOCK_OPSET = 21  # the first with blocks in DequantizeLinear
 PAST_LENGTHS = TensorSpec("past_lengths", "int64", ("batch",))
 
 
@@ -32,6 +34,7 @@ class StdLowering:
         architecture: The model's.
         stored: Where each weight lies, by its name in `ort_weights`.
         options: What the graph is made for.
+        block_size: Of weights in blocks; None where there are none.
     """
 
     def __init__(
@@ -40,8 +43,13 @@ class StdLowering:
         architecture: Architecture,
         stored: Mapping[str, StoredTensor],
         options: StdOptions,
+        block_size: int | None = None,
     ) -> None:
-        self._ops = StdOps(g, architecture, stored, options)
+        self._ops = (
+            StdOps(g, architecture, stored, options)
+            if block_size is None
+            else BlockOps(g, architecture, stored, options, block_size)
+        )
         self._options = options
         self._attend = ATTENTION[options.operators]
         self._experts = EXPERTS[options.experts]

@@ -25,22 +25,19 @@ def gathered_experts(
 ) -> ir.Value:
     """rows [T, D], ids and weights [T, k] → [T, D], with k experts' weights gathered a token.
 
-    All k products of a token are one product of the gathered rows by it, so it reads and computes
-    what it needs and no more; but T tokens read k·T experts, whether they share them or not.
+    It reads and computes what a token needs and no more; but T tokens read k·T experts, whether
+    they share them or not.
     """
-    g, hidden, width = ops.g, ops.a.shape.hidden_size, ops.a.expert_width
-    gate_up = g.op("Gather", ops.narrow_weight(layer_name(layer, "gate_up")), ids, axis=0)
-    down = g.op("Gather", ops.narrow_weight(layer_name(layer, "down")), ids, axis=0)
-    column = g.op("Unsqueeze", ops.narrow(rows), g.ints(2))  # [T, D, 1]
-    tall = g.op("Reshape", gate_up, g.ints(0, -1, hidden))  # [T, k · 2F, D]
-    product = g.op("MatMul", tall, column)
+    g, width = ops.g, ops.a.expert_width
+    one = g.op("Unsqueeze", rows, g.ints(1))  # [T, 1, D]
+    product = ops.chosen_linear(one, layer_name(layer, "gate_up"), ids)
+    product = g.op("Reshape", product, g.ints(0, -1))  # [T, k · 2F]
     count = g.op("Shape", ids)
     biases = _gate_up_biases(ops, layer)
     biases = tuple(g.op("Gather", bias, ids, axis=0) for bias in biases)
     inner = _activated(ops, product, biases, weights, g.op("Concat", count, g.ints(width), axis=0))
-    outer = g.op("MatMul", down, g.op("Unsqueeze", inner, g.ints(3)))  # [T, k, D, 1]
-    mixed = g.op("ReduceSum", ops.widen(outer), g.ints(1), keepdims=0)
-    mixed = g.op("Squeeze", mixed, g.ints(2))
+    outer = ops.chosen_linear(inner, layer_name(layer, "down"), ids)  # [T, k, D]
+    mixed = g.op("ReduceSum", outer, g.ints(1), keepdims=0)
     if not ops.a.expert_biases:
         return mixed
     bias = g.op("Gather", ops.weight(layer_name(layer, "down_bias")), ids, axis=0)  # [T, k, D]
@@ -56,19 +53,14 @@ def dense_experts(
     Two products over the weights of all experts, as of one wide layer: every weight is read once
     a step, however many tokens there are.
     """
-    g, a = ops.g, ops.a
-    hidden, width, count = a.shape.hidden_size, a.expert_width, a.shape.num_experts
-    gate_up = ops.narrow_weight(layer_name(layer, "gate_up"))
-    gate_up = g.op("Reshape", gate_up, g.ints(count * 2 * width, hidden))
-    down = g.op("Transpose", ops.narrow_weight(layer_name(layer, "down")), perm=[1, 0, 2])
-    down = g.op("Reshape", down, g.ints(hidden, count * width))
-    product = g.op("Gemm", ops.narrow(rows), gate_up, transB=1)
+    g, width, count = ops.g, ops.a.expert_width, ops.a.shape.num_experts
+    product = ops.stack_linear(rows, layer_name(layer, "gate_up"))
     shares = _by_expert(ops, ids, weights)
     biases = _gate_up_biases(ops, layer)
     inner = _activated(ops, product, biases, shares, g.ints(-1, count, width))
     inner = g.op("Reshape", inner, g.ints(-1, count * width))
-    mixed = ops.widen(g.op("Gemm", inner, down, transB=1))
-    if not a.expert_biases:
+    mixed = ops.stack_linear(inner, layer_name(layer, "down"), columns=True)
+    if not ops.a.expert_biases:
         return mixed
     bias = g.op("MatMul", shares, ops.weight(layer_name(layer, "down_bias")))
     return g.op("Add", mixed, bias)
@@ -148,7 +140,7 @@ def _activated(
     g, swiglu = ops.g, ops.a.swiglu
     axis, end, two = g.ints(1), g.ints(np.iinfo(np.int64).max), g.ints(2)
     parts = [
-        g.op("Reshape", ops.widen(g.op("Slice", product, g.ints(first), end, axis, two)), shape)
+        g.op("Reshape", g.op("Slice", product, g.ints(first), end, axis, two), shape)
         for first in (0, 1)
     ]
     for index, bias in enumerate(biases):
@@ -163,7 +155,7 @@ def _activated(
     weights = g.op("Unsqueeze", weights, g.ints(2))
     active = g.op("Mul", g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", raised)), up), weights)
     unused = g.op("Equal", weights, ops.number(0.0))
-    return ops.narrow(g.op("Where", unused, ops.number(0.0), active))
+    return g.op("Where", unused, ops.number(0.0), active)
 
 
 def _used(ops: StdOps, ids: ir.Value, weights: ir.Value) -> ir.Value:

@@ -18,6 +18,8 @@ Operators = Literal["primitive", "modern"]
 Precision = Literal["float32", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16")
 Experts = Literal["gathered", "dense", "moe"]
+Host = Literal["onnxruntime", "tensorrt"]
+HOSTS: tuple[Host, ...] = ("onnxruntime", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,15 @@ class StdOptions:
             one operator that is not standard (TensorRT 11 on compute capability 10.x and 11.x).
         capacity: Tokens that the key-value cache has room for, or None to leave it free. TensorRT
             takes `modern` graphs with a capacity only.
+        host: Whose optimizer the graph is written for; it is standard ONNX either way. Weights in
+            blocks lie for `tensorrt` in files of their own (`signed_codes`).
     """
 
     operators: Operators = "primitive"
     precision: Precision = "float32"
     experts: Experts = "gathered"
     capacity: int | None = None
+    host: Host = "onnxruntime"
 
 
 class StdOps:
@@ -63,6 +68,7 @@ class StdOps:
         self.g = g
         self.a = architecture
         self.dtype = options.precision
+        self.host = options.host
         self._stored = stored
         self._rms_norm = options.operators == "modern"
         self._made: dict[str, ir.Value] = {}
@@ -103,8 +109,44 @@ class StdOps:
 
     def linear(self, rows: ir.Value, name: str) -> ir.Value:
         """rows [T, in] by a weight [out, in] → [T, out]."""
-        weight = self.narrow_weight(name)
+        return self.matrix_product(rows, self.narrow_weight(name))
+
+    def matrix_product(self, rows: ir.Value, weight: ir.Value) -> ir.Value:
+        """rows [T, K] by a narrow weight [N, K] → [T, N], float32."""
         return self.widen(self.g.op("Gemm", self.narrow(rows), weight, transB=1))
+
+    def stack_linear(self, rows: ir.Value, name: str, *, columns: bool = False) -> ir.Value:
+        """Rows by the weights [E, N, K] of all experts as one matrix, float32.
+
+        Args:
+            rows: [T, K]; with `columns` [T, E · K].
+            name: Of the weights.
+            columns: Whether they lie side by side, [N, E · K], and not one on another, [E · N, K].
+        """
+        g, weight = self.g, self.narrow_weight(name)
+        count, out, width = self._stored[name].shape
+        if columns:
+            weight = g.op("Transpose", weight, perm=[1, 0, 2])
+        shape = (out, count * width) if columns else (count * out, width)
+        return self.matrix_product(rows, g.op("Reshape", weight, g.ints(*shape)))
+
+    def chosen_linear(self, rows: ir.Value, name: str, ids: ir.Value) -> ir.Value:
+        """rows [T, 1 or k, K] by the weights [E, N, K] of the experts ids [T, k] → [T, k, N].
+
+        For TensorRT a product of elements and a sum, of which it makes one kernel with the look-up:
+        it reads each weight once. Before a matrix product it would write out what it looked up.
+        """
+        g, weights = self.g, self.g.op("Gather", self.narrow_weight(name), ids, axis=0)
+        if self.host == "tensorrt":
+            return self.summed(self.widen(weights), g.op("Unsqueeze", rows, g.ints(2)))
+        column = g.op("Unsqueeze", self.narrow(rows), g.ints(3))
+        return self.widen(g.op("Squeeze", g.op("MatMul", weights, column), g.ints(3)))
+
+    def summed(self, weights: ir.Value, rows: ir.Value, *axes: int) -> ir.Value:
+        """The sum of float32 products of elements, over the last axis if none are named."""
+        return self.g.op(
+            "ReduceSum", self.g.op("Mul", weights, rows), self.g.ints(*axes or (-1,)), keepdims=0
+        )
 
     def biased(self, rows: ir.Value, name: str) -> ir.Value:
         """Rows [T, n] and a bias [n], float32."""

@@ -20,7 +20,7 @@ from knnmoe.runtime.manifest import Fields, parse_object
 
 FOLDER, SUFFIX = "segments/", ".safetensors"
 _LENGTH = struct.Struct("<Q")
-_DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2)}
+_DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "U8": ("uint8", 1)}
 _IR_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
@@ -39,8 +39,8 @@ def stored_weights(bundle: Bundle) -> StoredWeights:
     """Every weight of a bundle by name; locations are relative to its `segments` folder.
 
     Raises:
-        BundleError: If a header is malformed, or a tensor is not float32 or float16, or outside its
-            file.
+        BundleError: If a header is malformed, or a tensor is of a dtype that no weight has, or
+            outside its file.
     """
     stored = StoredWeights(bundle)
     linked = bundle.manifest.linked or ()

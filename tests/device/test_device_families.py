@@ -10,7 +10,7 @@ import pytest
 
 from conftest import write_tiny_pack
 from knnmoe.runtime.model import Model
-from tiny import make_tiny
+from tiny import make_tiny, make_tiny_olmoe
 
 pytest.importorskip("onnx_ir")
 IDS = np.random.default_rng(5).integers(0, 256, 40)
@@ -46,6 +46,25 @@ def test_logits_and_ragged_batches_are_those_of_the_host(
     for ids, lengths in ((BATCH, LENGTHS), *[(BATCH[:, i : i + 1], None) for i in range(4)]):
         found, wanted = (
             model.pipeline.step(cache, ids, lengths).copy()
+            for model, cache in zip((device, expected), caches, strict=True)
+        )
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+def test_weights_in_blocks_are_those_of_the_host(load: Any, tmp_path: Path) -> None:
+    """With exact activations, as a device has none rounded to 8 bits."""
+    from knnmoe.export.exporter import export
+    from knnmoe.export.storage import QuantizeOptions
+
+    checkpoint = make_tiny_olmoe(tmp_path / "c", hidden_size=128, intermediate_size=64)
+    exact = QuantizeOptions(exact_activations=True, search=False)
+    bundle = export(checkpoint, tmp_path / "b", precision="int4", options=exact).bundle
+    expected, device = Model.load(bundle, threads=1), load(bundle_path=bundle).model
+    np.testing.assert_allclose(device.logits(IDS), expected.logits(IDS), atol=2e-4)
+    caches = [model.pipeline.new_cache(capacity=16) for model in (device, expected)]
+    for ids in (IDS[None, :3], IDS[None, 3:4]):  # the engines of prompts, and of single tokens
+        found, wanted = (
+            model.pipeline.step(cache, ids).copy()
             for model, cache in zip((device, expected), caches, strict=True)
         )
         np.testing.assert_allclose(found, wanted, atol=2e-4)

@@ -19,11 +19,13 @@ from knnmoe.export.engines import cli, settings
 from knnmoe.export.engines.build import build
 from knnmoe.export.engines.process import environment
 from knnmoe.export.engines.settings import BuildSettings, dimension_ranges, limits_for, profile
+from knnmoe.export.exporter import export
 from knnmoe.runtime.bundle import Bundle, ModelShape, TensorSpec
 from knnmoe.runtime.cli import main
 from knnmoe.runtime.engines import engine_set
 from knnmoe.runtime.engines.engine_set import ENGINES, EngineSet, Limits, find_engines
 from knnmoe.runtime.errors import BackendError, EngineError, OutputError, SettingError
+from tiny import make_tiny_olmoe
 
 SHAPE = ModelShape(32, 256, 3, 3, 8, 4, 2, 8, 128)
 GRAPHS = BuildSettings(backend="onnxruntime", limits=Limits(2, 64, 16, 1000))
@@ -196,6 +198,19 @@ def test_a_failed_build_leaves_nothing(
     with pytest.raises(BackendError, match=r"libabsent\.so: no such plugin library"):
         build(bundle, replace(RTX, plugin="require"), plugin=missing, output=tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["path"]
+
+
+@pytest.mark.slow
+def test_engines_of_weights_in_blocks_leave_nothing_beside_them(tmp_path: Path) -> None:
+    needs_rtx()
+    checkpoint = make_tiny_olmoe(tmp_path / "c", hidden_size=128, intermediate_size=64)
+    bundle = Bundle.open(export(checkpoint, tmp_path / "b", precision="int4").bundle)
+    said: list[tuple[str, str, int, int]] = []
+    report = build(bundle, RTX, output=tmp_path / "set", progress=lambda *now: said.append(now))
+    assert len(report.engines) == 8
+    assert {path.suffix for path in (tmp_path / "set").iterdir()} == {".engine", ".json"}
+    written = [(done, total) for _, phase, done, total in said if phase == "signed codes"]
+    assert written[-1][0] == written[-1][1] > 0
 
 
 def test_an_interrupt_ends_the_builder_too(tiny_bundle: Path, tmp_path: Path) -> None:

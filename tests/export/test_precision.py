@@ -380,11 +380,6 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, int4, edit, fie
         Bundle.open(bundle)
 
 
-def test_engines_are_not_built_of_integers(int4):
-    with pytest.raises(BundleError, match="--precision fp16 or fp32"):
-        StdModel.of(Bundle.open(int4), StdOptions())
-
-
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("experts", ["gathered", "dense"])
 def test_standard_graphs_of_fp16_weights_are_those_of_fp32(

@@ -62,6 +62,13 @@ def test_a_layer_that_is_not_there_is_refused(settings, capabilities, version, m
         replace(settings, experts="moe").for_target(capabilities, version)
 
 
+def test_weights_in_blocks_do_without_the_layer():
+    decided = TENSORRT.for_target(("110",), "11.1.0", in_blocks=True)
+    assert [decided.experts_of(phase) for phase in PHASES] == ["gathered", "dense"]
+    with pytest.raises(SettingError, match=r"experts: .* takes no weights in blocks .* found moe"):
+        replace(TENSORRT, experts="moe").for_target(("110",), "11.1.0", in_blocks=True)
+
+
 def test_experts_that_do_not_exist_are_named(tiny_bundle):
     shape = Bundle.open(tiny_bundle, verify=False).manifest.architecture
     unknown: Any = "some"

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from knnmoe.export.exporter import export
+from knnmoe.export.storage import QuantizeOptions
 from knnmoe.runtime.bundle import GATE_GRAPHS, Bundle
-from tiny import KINDS, make_tiny
+from tiny import KINDS, make_tiny, make_tiny_olmoe
 
 SCRIPT = Path(__file__).parent / "std_in_tensorrt.py"
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo" / "model"
@@ -166,6 +167,62 @@ def test_the_blend_is_built_as_a_function_where_there_is_no_plugin(
     graphs = ["fused", *(f"gate {name}" for name in GATE_GRAPHS)]
     for result in tensorrt(tiny_bundle, [job(graph, way, *ALL) for graph in graphs]):
         assert "PLUGIN_V3" not in result["layers"]
+
+
+def in_blocks(root: Path, precision: str, **sizes: int) -> Path:
+    """A bundle, with a head in blocks and, of 4 bits, zero points."""
+    options = None
+    if precision != "fp16":
+        options = QuantizeOptions(
+            quantize_head=True, zero_points=precision == "int4" and not sizes, search=False
+        )
+    sizes = {"hidden_size": 128, "intermediate_size": 64} | sizes
+    checkpoint = make_tiny_olmoe(root / f"c {precision}", **sizes)
+    return export(checkpoint, root / precision, precision=precision, options=options).bundle
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_every_segment_over_weights_in_blocks_is_parsed(
+    tensorrt: Builder, tmp_path: Path, precision: str
+) -> None:
+    bundle = in_blocks(tmp_path, precision)
+    half = [way for way in WAYS if way["precision"] == "float16"]
+    for result in tensorrt(bundle, [job(i, way) for way in half for i in segments(bundle)]):
+        assert "DEQUANTIZE" in result["layers"], result
+
+
+def test_a_segment_over_weights_in_blocks_is_built(tensorrt: Builder, tmp_path: Path) -> None:
+    bundle = in_blocks(tmp_path, "int4")
+    half = [way for way in WAYS if way["precision"] == "float16" and way["operators"] == "modern"]
+    tensorrt(bundle, [job(1, way, "SM86") for way in half])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_every_segment_over_weights_in_blocks_is_built(
+    tensorrt: Builder, tmp_path: Path, precision: str
+) -> None:
+    bundle = in_blocks(tmp_path, precision)
+    tensorrt(bundle, [job(i, way, *ALL) for way in WAYS for i in segments(bundle)])
+    tensorrt(bundle, [job("fused", way, "SM86") for way in WAYS])
+
+
+@pytest.mark.slow
+def test_an_engine_holds_codes_and_not_what_they_stand_for(
+    tensorrt: Builder, tmp_path: Path
+) -> None:
+    way = {"operators": "modern", "precision": "float16"}
+    stored, built = {}, {}
+    for precision in ("int4", "int8", "fp16"):
+        bundle = in_blocks(tmp_path, precision, hidden_size=512, intermediate_size=512)
+        stored[precision] = (bundle / "segments" / "01.safetensors").stat().st_size
+        jobs = [job(1, way | {"experts": experts}, "SM86") for experts in EXPERTS]
+        for result in tensorrt(bundle, jobs):
+            built[precision, result["experts"]] = result["bytes"]
+    for precision, experts in itertools.product(("int4", "int8"), EXPERTS):
+        # Beside the weights an engine has some megabytes of code.
+        less = built["fp16", experts] - built[precision, experts]
+        assert less == pytest.approx(stored["fp16"] - stored[precision], rel=0.1)
 
 
 @pytest.mark.slow
