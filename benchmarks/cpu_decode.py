@@ -67,7 +67,13 @@ class KnnMoe(Contender):
     """This runtime."""
 
     def __init__(
-        self, bundle: str, threads: int, entries: int, gate: str, projection: dict[str, int]
+        self,
+        bundle: str,
+        threads: int,
+        entries: int,
+        gate: str,
+        projection: dict[str, int],
+        packs: str | None,
     ) -> None:
         import numpy as np
 
@@ -78,11 +84,12 @@ class KnnMoe(Contender):
         self.model = Model.load(bundle, threads=threads, gate=gate)
         if entries:
             with tempfile.TemporaryDirectory() as folder:
-                pack = str(Path(folder) / "pack")
-                # By another process, whose memory is not this one's.
-                command = [sys.executable, str(SELF), "--pack", bundle, str(entries), pack]
-                command.append(json.dumps(projection))
-                subprocess.run(command, check=True)
+                kind = "-".join(str(number) for number in (entries, *projection.values()))
+                pack = Path(packs or folder) / kind
+                if not pack.exists():
+                    # By another process, whose memory is not this one's.
+                    command = [sys.executable, str(SELF), "--pack", bundle, str(entries), str(pack)]
+                    subprocess.run([*command, json.dumps(projection)], check=True)
                 self.model.swap_memory(pack)
         self.cache = self.model.pipeline.new_cache(1, CAPACITY)
         self.ids = np.array([prompt(self.model.pipeline.vocab_size)])
@@ -451,12 +458,13 @@ def peers(
     llama_python: str,
     gates: list[str],
     projection: dict[str, int],
+    packs: Path | None,
 ) -> tuple[list[Peer], dict[str, str]]:
     """Who takes part, and why others do not."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     shape = manifest["architecture"]
     frozen = bundle_bytes(bundle)
-    found = [Peer(BASE, "knnmoe", (str(bundle), threads, 0, "auto", {}), frozen)]
+    found = [Peer(BASE, "knnmoe", (str(bundle), threads, 0, "auto", {}, None), frozen)]
     absent: dict[str, str] = {}
     for count in entries:
         for gate in gates:
@@ -466,7 +474,7 @@ def peers(
                 key = projection["scan_width"] * projection["scan_bits"] // 8
             scanned = shape["num_gates"] * count * key
             how = ("two-stage", projection) if compressed else (gate, {})
-            arguments = (str(bundle), threads, count, *how)
+            arguments = (str(bundle), threads, count, *how, packs and str(packs))
             found.append(Peer(f"{count} entries, {gate}", "knnmoe", arguments, frozen + scanned))
     body, head = checkpoint_elements(checkpoint)
     try:
@@ -512,18 +520,20 @@ def main() -> None:
     @click.option("--threads", default=1, show_default=True)
     @click.option("--turns", default=9, show_default=True)
     @click.option("--tokens", default=12, show_default=True, help="Of a turn.")
+    @click.option("--packs", type=click.Path(path_type=Path), help="Keeps the memories here.")
     @click.option("--only", help="Names of contenders, separated by semicolons.")
     @click.option("--llama-python", default=sys.executable, help="Has llama-cpp-python and gguf.")
     @click.option("--json", "target", type=click.Path(path_type=Path),
                   default=ROOT / "benchmarks" / "results" / "cpu_decode.json")  # fmt: skip
     def command(
         checkpoint: Path, bundle: Path, entries: str, gates: str, threads: int, turns: int,
-        tokens: int, only: str | None, llama_python: str, target: Path, **projection: int,
+        tokens: int, only: str | None, llama_python: str, target: Path, packs: Path | None,
+        **projection: int,
     ) -> None:  # fmt: skip
         console = Console(width=150)
         counts = [int(count) for count in entries.split(",") if count]
         every, absent = peers(
-            checkpoint, bundle, counts, threads, llama_python, gates.split(","), projection
+            checkpoint, bundle, counts, threads, llama_python, gates.split(","), projection, packs
         )
         bandwidth = read_bandwidth(threads)
         rows: dict[str, Any] = {}

@@ -5,7 +5,10 @@
 Keys are random directions; queries lie near keys, as router inputs of a domain do. All candidates
 of a row take turns on the same queries, so that a busy machine hits them alike: compare within a
 row. `recall@8` is that of the gate `two-stage` against the exact neighbours. How well it does on
-router inputs of a real model is in benchmarks/two_stage.py.
+router inputs of a real model is in benchmarks/two_stage.py. `compressed gate` is the same gate over
+a compressed memory (fp16 keys, `--scan-width` dimensions of 4 bits, `--candidates`): its width is
+forced and its directions are random, since these keys have none of their own, so that it finds
+nothing here and only its time is meant.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from versions import environment
 
+from knnmoe.calibration.compress import project_keys
 from knnmoe.export.gate_graphs import GateShape, gate_functions, gate_graph
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration
+from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.engines.onnx_bytes import Node, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
@@ -43,6 +48,7 @@ RULE = RoutingRule(TOP_K)
 SECONDS = 1.5  # of each row
 FEWEST = 3
 RECALLED = 64  # queries
+OTHER = np.zeros(60_000_000 // 8)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -52,27 +58,33 @@ Arrays = dict[str, NDArray[Any]]
 @click.option("--sizes", default="128,2048", show_default=True)
 @click.option("--tokens", default="1,16,128", show_default=True)
 @click.option("--threads", default="1,2", show_default=True)
+@click.option("--scan-width", default=256, show_default=True, help="Of compressed memories.")
+@click.option("--candidates", default=32, show_default=True, help="Of compressed memories.")
 @click.option("--operators/--no-operators", default=True, help="The products by operator too.")
 @click.option("--json", "target", type=click.Path(path_type=Path),
               default=ROOT / "benchmarks" / "results" / "cpu_scan.json")  # fmt: skip
 def main(
-    entries: str, sizes: str, tokens: str, threads: str, operators: bool, target: Path
-) -> None:
+    entries: str, sizes: str, tokens: str, threads: str, operators: bool, target: Path,
+    scan_width: int, candidates: int,
+) -> None:  # fmt: skip
     """Print the table and write it as JSON."""
     console = Console(width=160)
     rows: list[dict[str, Any]] = []
     for size in _numbers(sizes):
         for count in _numbers(entries):
             memory = random_memory(count, size)
+            width = min(scan_width, size)
+            compressed = random_compressed(memory, width, candidates)
             for workers in _numbers(threads):
-                for row in measure(memory, _numbers(tokens), workers, operators):
+                for row in measure(memory, compressed, _numbers(tokens), workers, operators):
                     rows.append(row)
                     console.print(
                         f"D {size} N {count} threads {workers} T {row['tokens']}: "
                         + "  ".join(f"{name} {ms:.2f}" for name, ms in row["ms"].items())
                     )
     console.print(table(rows))
-    report = {"environment": environment(), "rows": rows}
+    projection = {"width": scan_width, "bits": 4, "candidates": candidates}
+    report = {"environment": environment(), "projection": projection, "rows": rows}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -94,6 +106,29 @@ def random_memory(count: int, size: int) -> GateMemory:
     )
 
 
+def random_compressed(memory: GateMemory, width: int, candidates: int) -> CompressedMemory:
+    """The memory compressed along random directions."""
+    random = np.random.default_rng(width)
+    size = memory.keys.shape[1]
+    directions = np.linalg.qr(random.standard_normal((size, width)))[0].T.astype(np.float32)
+    ones = np.ones(len(memory.keys), np.float32)
+    return CompressedMemory(
+        keys=memory.keys.astype(np.float16),
+        multipliers=ones[:, None],
+        norms=ones,
+        lengths=ones,
+        scan=project_keys(memory.keys, directions, 4),
+        candidates=candidates,
+        values=memory.values,
+        n_valid=memory.n_valid,
+        k=memory.k,
+        center=memory.center,
+        calibration=memory.calibration,
+        similarity=memory.similarity,
+        rule_first=memory.rule_first,
+    )
+
+
 def queries(memory: GateMemory, tokens: int) -> NDArray[np.float32]:
     """Router inputs [T, D] with a cosine of about 0.7 to some key."""
     random = np.random.default_rng(tokens)
@@ -104,7 +139,11 @@ def queries(memory: GateMemory, tokens: int) -> NDArray[np.float32]:
 
 
 def measure(
-    memory: GateMemory, tokens: list[int], threads: int, operators: bool
+    memory: GateMemory,
+    compressed: CompressedMemory,
+    tokens: list[int],
+    threads: int,
+    operators: bool,
 ) -> list[dict[str, Any]]:
     """A row for each number of tokens."""
     gate = gate_engine(memory, threads)
@@ -112,6 +151,7 @@ def measure(
     two_stage = TwoStageGate.over(gate, memory, RULE, TOP_K)
     built = perf_counter() - started
     exact = OnnxGate.over(gate, memory)
+    projected = TwoStageGate.over(gate, compressed, RULE, TOP_K)
     engines = products(memory, threads) if operators else {}
     scan = scan_engine(memory, two_stage.candidates, threads=threads)
     rows = []
@@ -126,6 +166,9 @@ def measure(
         runs["scan"] = scan.bind({"router_input": x}, {"candidates": candidates})
         runs["exact gate"] = exact.bind(buffers(x))
         runs["two-stage gate"] = two_stage.bind(buffers(x))
+        runs["compressed gate"] = projected.bind(buffers(x))
+        # A step of a model reads its weights between two calls of a gate; and so does this.
+        runs["other memory"] = lambda: float(OTHER.sum())
         rows.append(
             {
                 "entries": len(memory.keys),
@@ -134,7 +177,11 @@ def measure(
                 "tokens": count,
                 "ms": interleaved(runs),
                 "recall": recall(exact, two_stage, queries(memory, RECALLED)),
-                "key_bytes": {"fp32": memory.keys.nbytes, "int8": memory.keys.size},
+                "key_bytes": {
+                    "fp32": memory.keys.nbytes,
+                    "int8": memory.keys.size,
+                    "projected": compressed.scan.codes.nbytes,
+                },
                 "build_seconds": built,
             }
         )

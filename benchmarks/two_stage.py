@@ -10,7 +10,11 @@ references in fp32 (runtime/blend.py, runtime/two_stage.py): this measures what 
 time. `int8` alone ranks by int8 keys and keeps their similarities; R candidates are scored again.
 
 The model is small (D 128). Wide router inputs may have a channel that is much larger than the rest,
-which takes the int8 steps from the others: the last tables stretch one channel of keys and queries.
+which takes the int8 steps from the others: further tables stretch one channel of keys and queries.
+
+The last table is of projected keys (`knnmoe memory compress`): recall@8 by width, bits and R, with
+all rounding, on the same router inputs and on synthetic keys of D 2048 whose spectrum decays
+(standard deviation of direction i: i^-1/2; a topic for fifty keys).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -32,17 +36,20 @@ from rich.table import Table
 
 from knnmoe import __version__
 from knnmoe.calibration.build import build_memory
+from knnmoe.calibration.compress import Exact, measure_recall, principal, turned
 from knnmoe.calibration.settings import BuildSettings
-from knnmoe.runtime.blend import Floats, GateMemory, blend_found, search
+from knnmoe.runtime.blend import Floats, GateMemory, blend_found, search, unit_rows
 from knnmoe.runtime.calibration import Calibration, preset
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.projection import SCAN_BITS
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.two_stage import ScanKeys, quantize_keys, search_in_two_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "demo" / "model"
 CANDIDATES = (8, 16, 32, 64)
+PROJECTED = (16, 32, 64)
 RECALLED = (8, 16)
 STRETCHES = (10.0, 30.0)
 AT_ONCE = 256  # queries; bounds the matrices of scores
@@ -94,6 +101,18 @@ def main(texts: Path, domain: str, memory: Path | None, max_tokens: int, target:
         }
         report["stretched"][f"{stretch:g}"] = found
         console.print(table(f"Queries of '{domain}', widest channel × {stretch:g}", found, pack))
+    projected: dict[str, Any] = {}
+    for name, by_gate in asked.items():
+        for g in memories:
+            size = pack.model.hidden_size
+            widths = range(size // 4, size + 1, size // 4)
+            projected[f"{name}, gate {g}"] = projections(
+                memories[g], by_gate[g].x - memories[g].center, widths
+            )
+    keys, x = decaying(20_000, 2048, 300)
+    projected["decaying spectrum"] = projections(keys, x, (64, 128, 256, 512))
+    report["projected"] = projected
+    console.print(projection_table(projected))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -169,6 +188,45 @@ def in_pieces(
             parts.append(search(x, memory, np.float32))
     ids, similarities, exist = (np.concatenate(part) for part in zip(*parts, strict=True))
     return ids, similarities, exist
+
+
+def projections(memory: GateMemory, centred: Floats, widths: Iterable[int]) -> dict[str, Any]:
+    """recall@8 of projected keys by width, bits and R."""
+    exact = Exact.of(centred.astype(np.float32), memory.keys, RECALLED[0], memory.similarity)
+    directions = principal(memory.keys)
+    return {
+        f"width {width}, {bits} bits": {
+            f"R {r}": measure_recall(exact, turned(directions, width, 0), bits, r)
+            for r in PROJECTED
+        }
+        for width in widths
+        for bits in SCAN_BITS
+    }
+
+
+def decaying(count: int, size: int, asked: int) -> tuple[GateMemory, Floats]:
+    """A memory of keys whose spectrum decays, and queries like them."""
+    random = np.random.default_rng(0)
+    spread = (np.arange(1, size + 1) ** -0.5).astype(np.float32)
+    topics = random.standard_normal((count // 50, size), dtype=np.float32) * spread
+
+    def draw(rows: int) -> Floats:
+        noise = random.standard_normal((rows, size), dtype=np.float32) * spread
+        return unit_rows(topics[random.integers(0, len(topics), rows)] + noise)
+
+    empty = GateMemory.empty(size, 1)
+    return replace(empty, keys=draw(count), n_valid=count), draw(asked)
+
+
+def projection_table(projected: dict[str, Any]) -> Table:
+    shown = Table(title=f"recall@{RECALLED[0]} of projected keys")
+    for name in ("queries", "projection", *(f"R {r}" for r in PROJECTED)):
+        shown.add_column(name, justify="right")
+    for name, found in projected.items():
+        for kind, row in found.items():
+            shown.add_row(name, kind, *(f"{value:.4f}" for value in row.values()))
+        shown.add_section()
+    return shown
 
 
 def recall(exact: NDArray[np.int64], got: NDArray[np.int64]) -> float:
