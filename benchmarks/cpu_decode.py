@@ -7,7 +7,9 @@ r"""Decode speed on the CPU: this runtime with and without memories against its 
 
 Every contender runs in a process of its own on the same weights, with as many threads, and takes
 turns with the frozen model of this runtime, which is there throughout: compare ratios, which are
-medians over turns. Memories are random entries: what a scan costs does not depend on what is found.
+medians over turns. `CPU time` is what the process worked, which on a busy machine is steadier than
+what passed on the wall. Memories are random entries: what a scan costs does not depend on what is
+found.
 
 llama.cpp needs llama-cpp-python and gguf, perhaps in another environment (`--llama-python`); its
 model is converted and quantised here once, beside the bundle. A peer that is missing is named.
@@ -29,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,15 +200,17 @@ def serve(kind: str, arguments: list[Any]) -> None:
     print(json.dumps({"version": contender.version}), file=reply, flush=True)
     for line in sys.stdin:
         command = line.strip()
-        times = []
+        times, work = [], []
         for token in range(1 if command == "prefill" else int(command)):
-            started = perf_counter()
+            started, worked = perf_counter(), process_time()
             if command == "prefill":
                 contender.prefill()
             else:
                 contender.decode(token)
             times.append((perf_counter() - started) * 1e3)
-        print(json.dumps({"ms": times, "peak_mb": peak_mb()}), file=reply, flush=True)
+            work.append((process_time() - worked) * 1e3)
+        answer = {"ms": times, "cpu_ms": work, "peak_mb": peak_mb()}
+        print(json.dumps(answer), file=reply, flush=True)
 
 
 def peak_mb() -> float:
@@ -335,6 +339,7 @@ class Process:
         self.process.stdin.flush()
         answer = self._answer()
         self.peak_mb = float(answer["peak_mb"])
+        self.cpu_ms: list[float] = answer["cpu_ms"]
         times: list[float] = answer["ms"]
         return times
 
@@ -374,16 +379,19 @@ def compare(peer: Peer, base: Process, turns: int, tokens: int) -> dict[str, Any
     with started(peer) as process:
         pair = [base, process]
         decode: dict[Process, list[float]] = {base: [], process: []}
+        work: dict[Process, list[float]] = {base: [], process: []}
         prefill: dict[Process, list[float]] = {base: [], process: []}
         for each in pair:
             each.ask(tokens)  # warm
         for _ in range(turns):
             for each in pair:
                 decode[each].append(float(np.median(each.ask(tokens))))
+                work[each].append(float(np.median(each.cpu_ms)))
             for each in pair:
                 prefill[each] += each.ask("prefill")
             pair.reverse()
         over = np.array(decode[process]) / np.array(decode[base])
+        worked = np.array(work[process]) / np.array(work[base])
         first = np.array(prefill[process]) / np.array(prefill[base])
         ms = float(np.median(decode[process]))
         return {
@@ -392,6 +400,7 @@ def compare(peer: Peer, base: Process, turns: int, tokens: int) -> dict[str, Any
             "decode_ms": ms,
             "decode_ms_least": float(np.min(decode[process])),
             "decode_ratio": float(np.median(over)),
+            "decode_cpu_ratio": float(np.median(worked)),
             "first_token_ms": float(np.median(prefill[process])),
             "first_token_ratio": float(np.median(first)),
             "peak_mb": process.peak_mb,
@@ -550,13 +559,14 @@ def main() -> None:
                 row["bound_ms"] = peer.bytes_per_token / bandwidth * 1e3
                 console.print(f"{peer.name}: {row['tokens_per_second']:.1f} tokens/s")
         table = Table(title=f"{threads} thread(s), context {CONTEXT}")
-        for name in ("", "tokens/s", "ms a token", "× frozen", "bound ms", "first token ms",
-                     "× frozen", "peak MB"):  # fmt: skip
+        for name in ("", "tokens/s", "ms a token", "× frozen", "CPU time ×", "bound ms",
+                     "first token ms", "× frozen", "peak MB"):  # fmt: skip
             table.add_column(name, justify="right" if name else "left")
         for name, row in rows.items():
             table.add_row(
                 name, f"{row['tokens_per_second']:.1f}", f"{row['decode_ms']:.1f}",
-                f"{row['decode_ratio']:.2f}", f"{row['bound_ms']:.1f}",
+                f"{row['decode_ratio']:.2f}", f"{row['decode_cpu_ratio']:.3f}",
+                f"{row['bound_ms']:.1f}",
                 f"{row['first_token_ms']:.0f}", f"{row['first_token_ratio']:.2f}",
                 f"{row['peak_mb']:.0f}",
             )  # fmt: skip
