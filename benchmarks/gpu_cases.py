@@ -104,8 +104,8 @@ def draw_case(
     keys, scales = round_keys(memory, key_type)
     values = memory.values.astype(np.float16 if rng.integers(2) else np.float32)
     if rng.integers(2):  # nobody may read what is beyond the valid entries
-        for array in (keys, scales, values):
-            if array.dtype != np.int8:
+        for array in (keys, scales, values, memory.evidence_weights):
+            if array is not None and array.dtype != np.int8:
                 array[n_valid:] = np.nan
     held = replace(
         memory,
@@ -165,6 +165,9 @@ def _memory(
         calibration=_calibration(rng, hidden),
         similarity=similarity,
         rule_first=False,
+        evidence_weights=(
+            rng.choice([0, 0.5, 1], entries).astype(np.float32) if rng.integers(2) else None
+        ),
     )
     return memory, copies
 
@@ -183,6 +186,7 @@ def _calibration(rng: np.random.Generator, hidden: int) -> Calibration:
         cap=float(rng.choice([1.0, 12.0])),
         sequence=float(rng.integers(0, 2)),
         gamma=float(rng.uniform(0.2, 4.0)) / hidden,
+        decay=float(rng.choice([1.0, 0.97, 0.7])),
     )
 
 

@@ -58,6 +58,7 @@ def memory_arrays(case: Case, **changed: Any) -> MemoryArrays:
         "keys": case.keys,
         "key_scales": case.key_scales,
         "values": case.values,
+        "evidence_weights": case.memory.evidence_weights,
         "center": case.memory.center,
         "calibration": case.memory.calibration.vector(),
         "n_valid": case.memory.n_valid,
@@ -174,8 +175,8 @@ def hosts(cupy: Any) -> Iterator[Host]:
 
 
 INPUTS = (
-    "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration", "state",
-    "lengths",
+    "x", "r", "keys", "key_scales", "values", "evidence_weights", "n_valid", "k", "center",
+    "calibration", "state", "lengths",
 )  # fmt: skip
 OUTPUTS = ("rows", "state_out", "confidence", "neighbors", "similarities")
 
@@ -185,7 +186,8 @@ def node_inputs(case: Case) -> dict[str, Any]:
     memory = case.memory
     values = (
         case.x, case.r, case.keys, case.key_scales, case.values,
-        np.array([memory.n_valid], np.int64), np.array([memory.k], np.int64), memory.center,
+        memory.entry_evidence(), np.array([memory.n_valid], np.int64),
+        np.array([memory.k], np.int64), memory.center,
         memory.calibration.vector(), case.state, case.lengths.astype(np.int64),
     )  # fmt: skip
     return dict(zip(INPUTS, values, strict=True))

@@ -181,6 +181,7 @@ def build_memory(
                 provenance=_provenance(
                     settings, rates, reference, backdrop, before, after, found.gates, entries
                 ),
+                evidence="all" if backdrop is None else "reference",
                 overwrite=overwrite,
             )
         except BaseException:

@@ -3,51 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from knnmoe.runtime.errors import InputError, SettingError, VerificationError
-from knnmoe.runtime.evaluation import score_sequences
 from knnmoe.runtime.memory import MemoryPack, rewrite_settings
 from knnmoe.runtime.model import Model
 
+from .bench import Bench, Progress
 from .confidence import (
     GRID,
     MIN_SEQUENCES,
+    THOROUGH,
     Candidate,
     Interval,
+    Limits,
     Measured,
     Separation,
     Way,
     candidate,
     choose,
     cross_fitted,
+    interval_of,
     separations,
+    usable,
 )
-from .evidence import measure_evidence
+from .controls import (
+    SHARES,
+    Background,
+    GainLaw,
+    background_of,
+    first_share,
+    shuffled,
+    without_retrieval,
+)
+from .latency import Latency, measure_latency
 from .overlap import seen_sequences
+from .switching import joined, whole
 from .texts import TokenText, read_text
 
 DEFAULT_MAX_TOKENS = 6000
+SWITCH_SHARE = 0.25  # tokens of text that changes its subject, of those of either text
 MAX_SEEN = 0.1  # share of a text's sequences that may be in the memory
-
-# (tokens done, in all)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One candidate and what it does: change of NLL in nats a token."""
+    """One candidate and what it does: change of NLL in nats a token.
+
+    `switch` is in nats a change of subject; None where the texts are too short to join.
+    """
 
     candidate: Candidate
     domain: Interval
     general: Interval
+    switch: Interval | None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What the domain's change is made of, nats a token; the chosen settings throughout.
+
+    Attributes:
+        constant: With one correction a gate, the mean residual, in the place of what is retrieved.
+        retrieval: The memory's change minus that: what looking entries up adds.
+        shuffled: With every entry's values at another entry. Only with `thorough`.
+    """
+
+    constant: Interval
+    retrieval: Interval
+    shuffled: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +88,11 @@ class CalibrationReport:
         domain: Change of the domain's NLL, cross-fitted: each part of the text scored with what the
             other parts chose.
         general: The same of general text.
+        switch: The same of changes of subject, nats each; None where not measured.
+        controls: How much of the gain is retrieval.
+        law: The gain by size of the memory; only with `thorough`.
+        latency: What the memory adds to a decode step here; None if nothing was asked about it.
+        drawn: What the intervals' bootstrap draws, by text: documents or sequences.
         tried: All candidates, in the order of the grid.
         separations: By gate, evidence of domain and general text with the chosen K.
         provenance: What was written into the pack.
@@ -69,6 +102,11 @@ class CalibrationReport:
     chosen: Tried
     domain: Interval
     general: Interval
+    switch: Interval | None
+    controls: Controls
+    law: GainLaw | None
+    latency: Latency | None
+    drawn: Mapping[str, str]
     tried: Sequence[Tried]
     separations: Mapping[int, Separation]
     provenance: Mapping[str, Any]
@@ -80,7 +118,8 @@ class CalibrationReport:
             **self.provenance,
             "tried": [
                 {"name": one.candidate.name, "domain": asdict(one.domain),
-                 "general": asdict(one.general)}
+                 "general": asdict(one.general),
+                 "switch": None if one.switch is None else asdict(one.switch)}
                 for one in self.tried
             ],
         }  # fmt: skip
@@ -93,53 +132,155 @@ def calibrate(
     general: Sequence[str | Path],
     *,
     max_general_loss: float = 0.002,
+    max_switch_loss: float = 5.0,
+    max_latency: float | None = 5.0,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     max_length: int = 256,
-    ways: Sequence[Way] = GRID,
+    ways: Sequence[Way] | None = None,
+    thorough: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Choose variant, K, scale and gate of a memory by held-out text, and write them into the pack.
 
-    For each gate a causal sequence gate is fitted: its midpoint lies half way between the mean
-    evidence of domain and of general text, its sharpness is one over half their distance. Of a
-    small grid around it, the settings with the best NLL on the domain are taken among those that
-    cost general text at most `max_general_loss` (upper end of the 95 % interval).
+    For each gate the opening of a causal gate is fitted (`opening.py`). Of a small grid around it,
+    the settings with the best NLL on the domain are taken among those that stay within both limits:
+    of general text, and of general text that follows the domain's.
 
     Args:
         bundle: The model's bundle.
         pack: The pack; only its `memory.json` is changed, and only on success.
         domain: Held-out text files of the domain, none of it in the memory.
         general: Held-out text files of what the memory is not for.
-        max_general_loss: In nats a token.
+        max_general_loss: In nats a token; upper end of the interval.
+        max_switch_loss: In nats a change of subject; upper end of the interval.
+        max_latency: Percent of a decode step that the memory may add on this machine. More is
+            reported and does not refuse the pack; None does not measure.
         max_tokens: Predicted tokens of each text at most, drawn from all over it.
         max_length: Tokens of a sequence.
-        ways: The grid.
+        ways: The grid; None takes the usual one.
+        thorough: Try more ways, and leaving each gate to the frozen router; measure the shuffled
+            memory and memories of less text.
         threads: Of the runtime.
         progress: Called as text is scored.
 
     Raises:
-        VerificationError: If the cross-fitted interval of the domain does not lie below zero, or no
-            candidate spares general text; the pack is unchanged.
+        VerificationError: If the cross-fitted interval of the domain does not lie below zero, no
+            candidate spares other text, or retrieval adds nothing to a constant correction; the
+            pack is unchanged.
         InputError, SettingError, BundleError, MemoryPackError: If something given cannot be used.
     """
-    if not (math.isfinite(max_general_loss) and max_general_loss >= 0):
-        raise SettingError(
-            "max general loss", "out of range", expected="a number >= 0", found=max_general_loss
-        )
+    for name, number in (
+        ("max general loss", max_general_loss),
+        ("max switch loss", max_switch_loss),
+        ("max latency", 0.0 if max_latency is None else max_latency),
+    ):
+        if not (math.isfinite(number) and number >= 0):
+            raise SettingError(name, "out of range", expected="a number >= 0", found=number)
+    limits = Limits(max_general_loss, max_switch_loss)
     opened = MemoryPack.open(pack)
     model = Model.load(bundle, threads=threads)
     opened.check_belongs_to(model.identity)
+    texts = _read_texts(model, {"domain": domain, "general": general}, max_length, max_tokens)
+    _check_held_out(opened, texts)
+
+    passages = {name: whole(text) for name, text in texts.items()}
+    room = None if max_tokens is None else math.ceil(SWITCH_SHARE * max_tokens)
+    switches = joined(texts["domain"], texts["general"], room)
+    if len(switches) >= MIN_SEQUENCES:
+        passages["switch"] = switches
+    background = background_of(opened)
+    mixed = background is not None
+    wanted = usable(ways or (THOROUGH if thorough else GRID), background=mixed)
+    most = max(way.neighbors for way in wanted)
+    extra = len(opened.gates) if thorough else 0
+    # Of the domain alone: the constant control, and with `thorough` the shuffled one and the law.
+    bench = Bench(
+        model, opened, passages, background, progress,
+        candidates=len(wanted) + extra, domain_runs=1 + thorough * len(SHARES),
+    )  # fmt: skip
+
+    evidence = bench.evidence(most)
+    grid = [
+        candidate(opened, way, evidence["domain"], evidence["general"], background=mixed)
+        for way in wanted
+    ]
+    measured = bench.measure(grid)
+    if thorough:
+        index = choose(measured, limits)
+        if index is not None and len(opened.gates) > 1:
+            fewer = [grid[index].without(gate.gate) for gate in opened.gates]
+            added = bench.measure(fewer)
+            measured = {name: m.more(added[name].deltas) for name, m in measured.items()}
+            grid += fewer
+    tried = _tried(grid, measured)
+    index = choose(measured, limits)
+    proven = cross_fitted(measured, limits)
+    if index is None:
+        raise _harmful(opened, tried, limits)
+    chosen = tried[index]
+    applied = chosen.candidate.applied(opened)
+    if not (proven["domain"].high < 0 and chosen.domain.high < 0):
+        shares = _law(bench, applied, background, chosen)
+        raise _useless(opened, chosen, proven["domain"], texts["domain"], shares)
+    controls = _controls(bench, applied, background, measured["domain"], index, thorough=thorough)
+    if not controls.retrieval.high < 0:
+        raise _constant(opened, chosen, controls)
+    law = _law(bench, applied, background, chosen) if thorough else None
+    latency = None if max_latency is None else measure_latency(model, applied, max_latency)
+    bench.finish()
+
+    separated = separations(opened, evidence["domain"], evidence["general"], chosen.candidate)
+    drawn = {name: m.drawn for name, m in measured.items()}
+    provenance = {
+        "chosen": chosen.candidate.name,
+        "candidates": len(grid),
+        "max_general_loss": max_general_loss,
+        "max_switch_loss": max_switch_loss,
+        "drawn": drawn,
+        "domain": _figures(texts["domain"], chosen.domain, proven["domain"]),
+        "general": _figures(texts["general"], chosen.general, proven["general"]),
+        "switch": None
+        if chosen.switch is None
+        else {
+            "passages": len(switches),
+            "nats": chosen.switch.mean,
+            "nats_low": chosen.switch.low,
+            "nats_high": chosen.switch.high,
+        },
+        "constant": asdict(controls.constant),
+        "retrieval": asdict(controls.retrieval),
+        "shuffled": None if controls.shuffled is None else asdict(controls.shuffled),
+        "law": None if law is None else law.to_json(),
+        "latency": None if latency is None else latency.to_json(),
+        "evidence": {str(gate): asdict(found) for gate, found in separated.items()},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    written = rewrite_settings(
+        applied.with_settings(calibrated=True), {**opened.provenance, "calibration": provenance}
+    )
+    return CalibrationReport(
+        written, chosen, proven["domain"], proven["general"], proven.get("switch"), controls, law,
+        latency, drawn, tried, separated, provenance,
+    )  # fmt: skip
+
+
+def _read_texts(
+    model: Model,
+    files: Mapping[str, Sequence[str | Path]],
+    max_length: int,
+    max_tokens: int | None,
+) -> dict[str, TokenText]:
     shape = model.bundle.manifest.architecture
     texts = {
         name: read_text(
-            files,
+            paths,
             model.tokenizer,
             vocab_size=shape.vocab_size,
             max_length=min(max_length, shape.max_positions),
             max_tokens=max_tokens,
         )
-        for name, files in (("domain", domain), ("general", general))
+        for name, paths in files.items()
     }
     for name, text in texts.items():
         if len(text.sequences) < MIN_SEQUENCES:
@@ -150,103 +291,60 @@ def calibrate(
                 found=f"{len(text.sequences)} of at most {max_length} tokens",
                 fix="Give more text, or a larger --max-tokens.",
             )
-    _check_held_out(opened, texts)
-    bench = _Bench(model, opened, texts, ways, progress)
-    by_neighbors = bench.separations()
-    grid = [candidate(opened, way, by_neighbors) for way in ways]
-    measured = bench.measure(grid)
-    tried = [
-        Tried(one, measured["domain"].interval(i), measured["general"].interval(i))
+    return texts
+
+
+def _tried(grid: Sequence[Candidate], measured: Mapping[str, Measured]) -> list[Tried]:
+    switch = measured.get("switch")
+    return [
+        Tried(
+            one,
+            measured["domain"].interval(i),
+            measured["general"].interval(i),
+            None if switch is None else switch.interval(i),
+        )
         for i, one in enumerate(grid)
     ]
-    index = choose(measured["domain"], measured["general"], max_general_loss)
-    proven, spared = cross_fitted(measured["domain"], measured["general"], max_general_loss)
-    if index is None:
-        raise _harmful(opened, tried, max_general_loss)
-    chosen = tried[index]
-    if not (proven.high < 0 and chosen.domain.high < 0):
-        raise _useless(opened, chosen, proven, texts["domain"])
-    separated = by_neighbors[chosen.candidate.neighbors]
-    provenance = {
-        "chosen": chosen.candidate.name,
-        "candidates": len(grid),
-        "max_general_loss": max_general_loss,
-        "domain": _figures(texts["domain"], chosen.domain, proven),
-        "general": _figures(texts["general"], chosen.general, spared),
-        "evidence": {str(gate): asdict(found) for gate, found in separated.items()},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    written = rewrite_settings(
-        chosen.candidate.applied(opened), {**opened.provenance, "calibration": provenance}
+
+
+def _controls(
+    bench: Bench,
+    applied: MemoryPack,
+    background: Background,
+    domain: Measured,
+    index: int,
+    *,
+    thorough: bool,
+) -> Controls:
+    """The domain's change with a constant correction, and what is left of the memory's without."""
+
+    def interval(deltas: Any) -> Interval:
+        return interval_of(deltas, domain.tokens, domain.documents)
+
+    constant = bench.change("domain", without_retrieval(applied, background))
+    moved = bench.change("domain", shuffled(applied, background)) if thorough else None
+    return Controls(
+        interval(constant),
+        interval(domain.deltas[index] - constant),
+        None if moved is None else interval(moved),
     )
-    return CalibrationReport(written, chosen, proven, spared, tried, separated, provenance)
 
 
-class _Bench:
-    """The model with the texts in front of it, and a count of the tokens that went through."""
+def _law(bench: Bench, applied: MemoryPack, background: Background, chosen: Tried) -> GainLaw:
+    """The domain's change with the memory of an eighth, a quarter and a half of its text, and all.
 
-    def __init__(
-        self,
-        model: Model,
-        pack: MemoryPack,
-        texts: Mapping[str, TokenText],
-        ways: Sequence[Way],
-        progress: Progress | None,
-    ) -> None:
-        self.model = model
-        self.pack = pack
-        self.texts = texts
-        self.neighbors = sorted({way.neighbors for way in ways})
-        self._progress = progress
-        self._done = 0
-        # One pass traces, one scores the frozen router, one each candidate.
-        self._total = (len(ways) + 2) * sum(text.targets for text in texts.values())
-
-    def separations(self) -> dict[int, dict[int, Separation]]:
-        """By K and gate."""
-        evidence = {
-            name: measure_evidence(
-                self.model,
-                self.pack,
-                [sequence.tokens for sequence in text.sequences],
-                self.neighbors[-1],
-                lambda tokens: self._advance(tokens - 1),
-            )
-            for name, text in self.texts.items()
-        }
-        return {
-            neighbors: separations(self.pack, evidence["domain"], evidence["general"], neighbors)
-            for neighbors in self.neighbors
-        }
-
-    def measure(self, grid: Sequence[Candidate]) -> dict[str, Measured]:
-        """What each candidate changes, by text."""
-        self.model.disable_memory()
-        frozen = {name: self._nll(text) for name, text in self.texts.items()}
-        deltas: dict[str, list[NDArray[np.float64]]] = {name: [] for name in self.texts}
-        for one in grid:
-            self.model.swap_memory(one.applied(self.pack))
-            for name, text in self.texts.items():
-                deltas[name].append(self._nll(text) - frozen[name])
-        return {
-            name: Measured(
-                deltas=np.array(deltas[name]),
-                tokens=np.array([s.targets for s in text.sequences]),
-                documents=np.array([s.document for s in text.sequences]),
-            )
-            for name, text in self.texts.items()
-        }
-
-    def _nll(self, text: TokenText) -> NDArray[np.float64]:
-        """Mean negative log-likelihood a token of each sequence."""
-        sequences = [sequence.tokens.tolist() for sequence in text.sequences]
-        scores = score_sequences(self.model, sequences, self._advance)
-        return scores.nll / scores.tokens
-
-    def _advance(self, tokens: int) -> None:
-        self._done += tokens
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+    The settings are those chosen with the whole memory.
+    """
+    marked = None if background is None else max(background.values(), key=len)
+    reference = applied.entries if marked is None else int((~marked).sum())
+    tokens = bench.tokens("domain")
+    changes = [
+        float(bench.change("domain", first_share(applied, share, background)) @ tokens)
+        / float(tokens.sum())
+        for share in SHARES[:-1]
+    ]
+    sizes = [math.ceil(share * reference) for share in SHARES]
+    return GainLaw(sizes, [*changes, chosen.domain.mean])
 
 
 def _check_held_out(pack: MemoryPack, texts: Mapping[str, TokenText]) -> None:
@@ -289,29 +387,62 @@ def _figures(text: TokenText, chosen: Interval, cross: Interval) -> dict[str, An
     }
 
 
-def _harmful(pack: MemoryPack, tried: Sequence[Tried], limit: float) -> VerificationError:
+def _harmful(pack: MemoryPack, tried: Sequence[Tried], limits: Limits) -> VerificationError:
     mildest = min(tried, key=lambda one: one.general.high)
+    if mildest.general.high > limits.general:
+        return VerificationError(
+            pack.path,
+            "every way of using this memory costs general text too much",
+            expected=f"at most {limits.general:+.4f} nats a token, upper end of the interval",
+            found=f"{_text(mildest.general)} with {mildest.candidate.name}",
+            fix="Give more text to measure on, or allow more with --max-general-loss;"
+            " the pack is unchanged.",
+        )
+    sparing = [one for one in tried if one.general.high <= limits.general and one.switch]
+    quickest = min(sparing, key=lambda one: one.switch.high if one.switch else math.inf)
+    assert quickest.switch is not None
     return VerificationError(
         pack.path,
-        "every way of using this memory costs general text too much",
-        expected=f"at most {limit:+.4f} nats a token, upper end of the interval",
-        found=f"{_text(mildest.general)} with {mildest.candidate.name}",
-        fix="Give more text to measure on, or allow more with --max-general-loss;"
+        "every way of using this memory that spares general text lets go of it too late where"
+        " it follows the domain's",
+        expected=f"at most {limits.switch:+.2f} nats a change of subject, upper end",
+        found=f"{_text(quickest.switch)} with {quickest.candidate.name}",
+        fix="Build the memory with --background text, or allow more with --max-switch-loss;"
+        " the pack is unchanged.",
+    )
+
+
+def _constant(pack: MemoryPack, chosen: Tried, controls: Controls) -> VerificationError:
+    return VerificationError(
+        pack.path,
+        "what this memory gains is a constant correction: looking entries up adds nothing",
+        expected="an interval below zero of the memory's change minus that of its mean residual",
+        found=f"{_text(controls.retrieval)} nats a token; mean residual alone"
+        f" {_text(controls.constant)}, memory {_text(chosen.domain)}",
+        fix="Check that values belong to their keys, or build it from more reference text;"
         " the pack is unchanged.",
     )
 
 
 def _useless(
-    pack: MemoryPack, chosen: Tried, proven: Interval, text: TokenText
+    pack: MemoryPack, chosen: Tried, proven: Interval, text: TokenText, law: GainLaw
 ) -> VerificationError:
+    # The gain that an interval as wide as this one would prove.
+    needed = law.needed(-(proven.high - proven.mean))
+    more = (
+        "More reference text gains nothing with this memory"
+        if needed is None
+        else f"About {needed:,} reference tokens would do, by the gain of memories of"
+        f" {', '.join(f'{n:,}' for n in law.tokens)}"
+    )
     return VerificationError(
         pack.path,
         "this memory does not make the domain's text more likely for sure",
         expected="a 95 % interval below zero on text that did not choose the settings",
         found=f"{_text(proven)} nats a token over {len(text.sequences)} sequences"
         f" ({_text(chosen.domain)} with {chosen.candidate.name}, which they chose)",
-        fix="Build it from more reference text of the same domain, or give more text to measure on;"
-        " the pack is unchanged.",
+        fix=f"{more}. Build it from more text of the same domain, or give more text to measure"
+        " on; the pack is unchanged.",
     )
 
 

@@ -148,7 +148,7 @@ def memory() -> None:
     help="Weights of the neighbours.",
 )
 @click.option("--temperature", default=0.05, show_default=True, help="Of the softmax.")
-@click.option("--scale", default=0.4, show_default=True, help="λ is scale · evidence ^ power.")
+@click.option("--scale", default=0.25, show_default=True, help="λ is scale · evidence ^ power.")
 @click.option("--power", default=2.0, show_default=True, help="λ is scale · evidence ^ power.")
 @click.option("--overwrite", is_flag=True, help="Replace a pack that is there.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted build of this pack.")
@@ -251,6 +251,24 @@ def inspect(pack: Path, as_json: bool) -> None:
     help="What general text may lose, nats a token, upper end of the interval.",
 )
 @click.option(
+    "--max-switch-loss",
+    default=5.0,
+    show_default=True,
+    help="What general text may lose where it follows the domain's, nats in all, upper end.",
+)
+@click.option(
+    "--max-latency",
+    default=5.0,
+    show_default=True,
+    metavar="PERCENT",
+    help="Warn if the memory adds more to a decode step on this machine.",
+)
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Try more ways, each gate frozen, the shuffled memory, and memories of less text.",
+)
+@click.option(
     "--max-tokens",
     default=6000,
     show_default=True,
@@ -264,15 +282,19 @@ def calibrate(
     domain: tuple[Path, ...],
     general: tuple[Path, ...],
     max_general_loss: float,
+    max_switch_loss: float,
+    max_latency: float,
     max_tokens: int,
+    thorough: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Choose on held-out text how a memory is used, and write that into PACK.
 
     Tries variants, K, scales and gates on the text given and takes what gains most on the domain
-    among what spares general text. If the domain's gain is not certain on text that took no part
-    in the choice, nothing is written and the command fails.
+    among what spares general text, also where it follows the domain's. If the domain's gain is not
+    certain on text that took no part in the choice, or looking entries up adds nothing to their
+    mean correction, nothing is written and the command fails.
     """
     with outcome(as_json) as result:
         from .calibrate import calibrate as run
@@ -286,7 +308,10 @@ def calibrate(
                 domain,
                 general,
                 max_general_loss=max_general_loss,
+                max_switch_loss=max_switch_loss,
+                max_latency=max_latency,
                 max_tokens=max_tokens,
+                thorough=thorough,
                 threads=threads,
                 progress=progress,
             )

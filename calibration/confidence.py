@@ -5,21 +5,21 @@ Everything here is arithmetic on numbers measured elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnmoe.runtime.calibration import Calibration, Variant
+from knnmoe.runtime.calibration import Calibration, EvidenceFrom, Variant
 from knnmoe.runtime.memory import MemoryPack, PackGate
-from knnmoe.runtime.statistics import paired_bootstrap
+from knnmoe.runtime.statistics import Unit, drawn_units, paired_bootstrap
 
 from .evidence import Evidence
+from .opening import Opening, fit_opening
 
 CAP = 12.0
-TOKEN_SHARPNESS = 3.0  # a single token has no number of tokens to grow with
 FOLDS = 4
 MIN_SEQUENCES = 2 * FOLDS
 
@@ -36,46 +36,32 @@ class Separation:
     domain: float
     general: float
 
-    @property
-    def midpoint(self) -> float:
-        """Half way."""
-        return (self.domain + self.general) / 2
-
-    @property
-    def sharpness(self) -> float:
-        """So that either mean is one unit from the midpoint.
-
-        0, which is no gate, where the two are the wrong way round: such evidence is not asked.
-        """
-        half = (self.domain - self.general) / 2
-        return 1 / half if half > 1e-4 else 0.0
-
-
-def separations(
-    pack: MemoryPack, domain: Evidence, general: Evidence, neighbors: int
-) -> dict[int, Separation]:
-    """Each gate's separation with K = `neighbors`."""
-
-    def mean(evidence: Evidence, gate: int) -> float:
-        return float(evidence.sequence_means(gate, neighbors).mean())
-
-    return {g.gate: Separation(mean(domain, g.gate), mean(general, g.gate)) for g in pack.gates}
-
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of using a memory."""
+    """One way of using a memory; gates that are not `used` are left to the frozen router."""
 
     name: str
     variant: Variant
     neighbors: int
+    evidence: EvidenceFrom
     calibration: Mapping[int, Calibration]
+    unused: frozenset[int] = frozenset()
 
     def applied(self, pack: MemoryPack) -> MemoryPack:
         """The pack used this way."""
         return pack.with_settings(
-            variant=self.variant, neighbors=self.neighbors, calibration=self.calibration
+            variant=self.variant,
+            neighbors=self.neighbors,
+            evidence=self.evidence,
+            calibration=self.calibration,
+            unused=self.unused,
         )
+
+    def without(self, gate: int) -> Candidate:
+        """The same with one gate more left to the frozen router."""
+        name = f"{self.name}, gate {gate} frozen"
+        return replace(self, name=name, unused=self.unused | {gate})
 
 
 @dataclass(frozen=True)
@@ -86,53 +72,98 @@ class Way:
     neighbors: int
     scale: float
     gate: Literal["sequence", "token", "none"]
+    decay: float = 1.0
+    evidence: EvidenceFrom = "reference"
 
     @property
     def name(self) -> str:
         """As people read it."""
         measure = "s̄²" if self.gate == "none" else f"s̄·{self.gate} gate"
-        return f"{self.variant}, K {self.neighbors}, {self.scale:g}·{measure}"
+        decay = f", decay {self.decay:g}" if self.gate == "sequence" else ""
+        evidence = ", background as evidence" if self.evidence == "all" else ""
+        return f"{self.variant}, K {self.neighbors}, {self.scale:g}·{measure}{decay}{evidence}"
 
 
 GRID = (
-    Way("residual", 8, 0.5, "sequence"),
-    Way("residual", 8, 1.0, "sequence"),
-    Way("residual", 32, 1.0, "sequence"),
-    Way("logits", 8, 0.5, "sequence"),
-    Way("logits", 8, 1.0, "sequence"),
-    Way("logits", 32, 1.0, "sequence"),
+    Way("residual", 8, 1.0, "sequence", 0.9),
+    Way("residual", 32, 1.0, "sequence", 0.9),
+    Way("logits", 8, 0.5, "sequence", 0.9),
+    Way("logits", 8, 1.0, "sequence", 0.9),
+    Way("logits", 32, 1.0, "sequence", 0.9),
+    Way("logits", 8, 1.0, "sequence", 0.97),
     Way("residual", 8, 1.0, "token"),
     Way("residual", 8, 0.5, "none"),
 )
+THOROUGH = (
+    *GRID,
+    *(Way("logits", 8, 1.0, "sequence", decay) for decay in (0.8, 0.95, 1.0)),
+    *(Way("residual", 8, scale, "sequence", 0.9) for scale in (0.5, 0.75)),
+    Way("residual", 8, 1.0, "sequence", 0.97),
+    Way("logits", 16, 1.0, "sequence", 0.9),
+    Way("logits", 8, 1.0, "token"),
+    Way("logits", 8, 1.0, "sequence", 0.9, "all"),
+    Way("residual", 8, 1.0, "sequence", 0.9, "all"),
+)
+
+
+def usable(ways: Sequence[Way], *, background: bool) -> list[Way]:
+    """The ways that differ for a pack: without background entries all of them are evidence."""
+    if background:
+        return list(ways)
+    # Once each, in their order.
+    return list(dict.fromkeys(replace(way, evidence="reference") for way in ways))
 
 
 def candidate(
-    pack: MemoryPack, way: Way, by_neighbors: Mapping[int, Mapping[int, Separation]]
+    pack: MemoryPack, way: Way, domain: Evidence, general: Evidence, *, background: bool
 ) -> Candidate:
     """A way of the grid with this memory's numbers.
 
     Args:
         pack: For its gates and their weighting and γ, which stay.
         way: The way.
-        by_neighbors: Separations by K and gate.
+        domain: Evidence of the domain's text, to fit the gate by.
+        general: The same of general text.
+        background: Whether the pack has entries of background text.
     """
+    evidence: EvidenceFrom = way.evidence if background else "all"
 
     def numbers(gate: PackGate) -> Calibration:
-        found = by_neighbors[way.neighbors][gate.gate]
-        growth = {"sequence": 1.0, "token": TOKEN_SHARPNESS, "none": 0.0}[way.gate]
+        opening = Opening(0.5, 0.0)
+        if way.gate != "none":
+            opening = fit_opening(
+                domain.tokens(gate.gate, way.neighbors, evidence),
+                general.tokens(gate.gate, way.neighbors, evidence),
+                decay=way.decay,
+                cap=CAP,
+                sequence=way.gate == "sequence",
+            )
         return replace(
             gate.calibration.with_variant(way.variant),
             mean=1.0,
             scale=way.scale,
             power=2.0 if way.gate == "none" else 1.0,
-            midpoint=found.midpoint,
-            sharpness=growth * found.sharpness,
+            midpoint=opening.midpoint,
+            sharpness=opening.sharpness,
             cap=CAP,
             sequence=float(way.gate == "sequence"),
+            decay=way.decay,
         )
 
     calibration = {gate.gate: numbers(gate) for gate in pack.gates}
-    return Candidate(way.name, way.variant, way.neighbors, calibration)
+    return Candidate(way.name, way.variant, way.neighbors, evidence, calibration)
+
+
+def separations(
+    pack: MemoryPack, domain: Evidence, general: Evidence, chosen: Candidate
+) -> dict[int, Separation]:
+    """Each gate's separation, of the evidence that a candidate uses."""
+
+    def mean(evidence: Evidence, gate: int) -> float:
+        rows = evidence.tokens(gate, chosen.neighbors, chosen.evidence)
+        return float(np.mean([row.mean() for row in rows]))
+
+    return {g.gate: Separation(mean(domain, g.gate), mean(general, g.gate)) for g in pack.gates}
 
 
 @dataclass(frozen=True)
@@ -160,7 +191,16 @@ class Measured:
 
     def interval(self, candidate: int) -> Interval:
         """Of one candidate."""
-        return Interval(*paired_bootstrap(self.deltas[candidate], self.tokens))
+        return interval_of(self.deltas[candidate], self.tokens, self.documents)
+
+    @property
+    def drawn(self) -> Unit:
+        """What the intervals' bootstrap draws."""
+        return drawn_units(self.documents)[1]
+
+    def more(self, deltas: NDArray[np.float64]) -> Measured:
+        """With the changes [n, sequences] of further candidates."""
+        return replace(self, deltas=np.concatenate([self.deltas, deltas]))
 
     def part(self, chosen: NDArray[np.bool_]) -> Measured:
         """Only some of the sequences."""
@@ -175,52 +215,69 @@ class Measured:
         return np.arange(count) * FOLDS // count
 
 
-def choose(domain: Measured, general: Measured, max_general_loss: float) -> int | None:
-    """The candidate that gains most on the domain while general text stays within its limit.
+def interval_of(
+    deltas: NDArray[np.float64], tokens: NDArray[np.int64], documents: NDArray[np.int64]
+) -> Interval:
+    """Of changes a token [n] over as many tokens, drawn by document (`drawn_units`)."""
+    units, _ = drawn_units(documents)
+    return Interval(*paired_bootstrap(deltas, tokens, units=units))
 
-    Of general text the upper end of the interval counts. None if no candidate stays within.
+
+@dataclass(frozen=True)
+class Limits:
+    """What other text may lose, upper ends of the 95 % intervals.
+
+    Attributes:
+        general: Nats a token of general text.
+        switch: Nats that a change of subject may cost in all, summed over the general text that
+            follows the domain's. It is paid once, however long that text goes on.
     """
+
+    general: float = 0.002
+    switch: float = 5.0
+
+
+def choose(texts: Mapping[str, Measured], limits: Limits) -> int | None:
+    """The candidate that gains most on the domain while other text stays within its limits.
+
+    None if no candidate stays within.
+
+    Args:
+        texts: Of `domain`, of `general` text, and perhaps of the `switch` between them, whose
+            "tokens" are whole passages.
+        limits: Of general text and of the switch.
+    """
+    domain = texts["domain"]
+    bounds = {"general": limits.general, "switch": limits.switch}
     allowed = [
         index
         for index in range(len(domain.deltas))
-        if general.interval(index).high <= max_general_loss
+        if all(
+            texts[name].interval(index).high <= bound
+            for name, bound in bounds.items()
+            if name in texts
+        )
     ]
     gains = domain.deltas @ domain.tokens / domain.tokens.sum()
     return min(allowed, key=lambda index: float(gains[index]), default=None)
 
 
-def cross_fitted(
-    domain: Measured, general: Measured, max_general_loss: float
-) -> tuple[Interval, Interval]:
-    """What choosing by `choose` is worth on text that did not take part in the choice.
+def cross_fitted(texts: Mapping[str, Measured], limits: Limits) -> dict[str, Interval]:
+    """What choosing by `choose` is worth on text that did not take part in the choice, by text.
 
     The documents are dealt into folds; each fold is scored with the candidate chosen on the others,
-    the frozen router where none was allowed.
-
-    Args:
-        domain: At least `MIN_SEQUENCES` sequences.
-        general: At least as many.
-        max_general_loss: In nats a token.
-
-    Returns:
-        Of the domain, of general text.
+    the frozen router where none was allowed. Each text has at least `MIN_SEQUENCES` sequences.
     """
-    parts: dict[str, list[NDArray[np.float64]]] = {"domain": [], "general": []}
-    tokens: dict[str, list[NDArray[np.int64]]] = {"domain": [], "general": []}
-    texts = {"domain": domain, "general": general}
     numbers = {name: text.folds() for name, text in texts.items()}
+    deltas = {name: np.zeros(len(text.tokens)) for name, text in texts.items()}
     for fold in range(FOLDS):
         rest = {name: text.part(numbers[name] != fold) for name, text in texts.items()}
-        chosen = choose(rest["domain"], rest["general"], max_general_loss)
+        chosen = choose(rest, limits)
+        if chosen is None:
+            continue
         for name, text in texts.items():
-            held = text.part(numbers[name] == fold)
-            zero = np.zeros(len(held.tokens))
-            parts[name].append(zero if chosen is None else held.deltas[chosen])
-            tokens[name].append(held.tokens)
-
-    def joined(name: str) -> Interval:
-        return Interval(
-            *paired_bootstrap(np.concatenate(parts[name]), np.concatenate(tokens[name]))
-        )
-
-    return joined("domain"), joined("general")
+            held = numbers[name] == fold
+            deltas[name][held] = text.deltas[chosen, held]
+    return {
+        name: interval_of(deltas[name], text.tokens, text.documents) for name, text in texts.items()
+    }

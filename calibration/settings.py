@@ -139,7 +139,7 @@ class UseSettings:
     confidence: Confidence = "mean"
     weighting: Weighting = "softmax"
     temperature: float = 0.05
-    scale: float = 0.4
+    scale: float = 0.25
     power: float = 2.0
 
     def __post_init__(self) -> None:

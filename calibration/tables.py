@@ -125,11 +125,13 @@ def print_calibration(report: CalibrationReport) -> None:
     table.add_column("settings")
     table.add_column("domain", justify="right")
     table.add_column("general", justify="right")
+    table.add_column("subject change, nats", justify="right")
     for one in report.tried:
         table.add_row(
             one.candidate.name,
             interval(one.domain),
             interval(one.general),
+            "-" if one.switch is None else interval(one.switch, 2),
             style="bold" if one is report.chosen else None,
         )
     console.print(table)
@@ -138,11 +140,34 @@ def print_calibration(report: CalibrationReport) -> None:
         f"On text that took no part in the choice: domain {interval(report.domain)},"
         f" general {interval(report.general)}"
     )
+    controls = report.controls
+    console.print(
+        f"Of the domain's change retrieval makes {interval(controls.retrieval)}, a constant"
+        f" correction (the mean residual) {interval(controls.constant)}"
+    )
+    if controls.shuffled is not None:
+        console.print(f"Values at other entries (control): {interval(controls.shuffled)}")
+    if report.law is not None:
+        sizes = zip(report.law.tokens, report.law.changes, strict=True)
+        console.print("By reference tokens: " + ", ".join(f"{n:,} {c:+.4f}" for n, c in sizes))
+    sequences = [name for name, unit in report.drawn.items() if unit == "sequences"]
+    if sequences:
+        console.print(
+            f"Intervals of {', '.join(sequences)} draw sequences, not documents: too few of them."
+        )
+    if report.latency is not None and report.latency.exceeded:
+        busy = "; the machine was busy" if report.latency.disturbed else ""
+        console.print(
+            f"Warning: a decode step takes {report.latency.percent:.0f} % longer with this memory,"
+            f" {report.latency.limit:g} % were allowed{busy}.",
+            style="yellow",
+        )
 
 
-def interval(found: Interval) -> str:
+def interval(found: Interval, digits: int = 4) -> str:
     """A mean with its interval, signed."""
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    mean, low, high = (f"{n:+.{digits}f}" for n in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def formula(numbers: Calibration) -> str:

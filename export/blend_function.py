@@ -7,14 +7,14 @@ function; where the TensorRT plugin is loaded, the plugin takes the node.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import onnx_ir as ir
 
 from knnmoe.runtime.blend import RBF_CLIP
 from knnmoe.runtime.bundle import TensorSpec
-from knnmoe.runtime.calibration import Similarity
+from knnmoe.runtime.calibration import Calibration, Similarity
 
 from .graph import KNNMOE, OPSET, GraphBuilder
 
@@ -22,9 +22,11 @@ NAME = "KnnBlend"
 _LARGEST = float(np.finfo(np.float32).max)
 
 INPUTS = (
-    "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration", "state",
-    "lengths",
+    "x", "r", "keys", "key_scales", "values", "evidence_weights", "n_valid", "k", "center",
+    "calibration", "state", "lengths",
 )  # fmt: skip
+# As Calibration.vector() has them.
+_CALIBRATION = tuple(field.name for field in fields(Calibration))
 OUTPUTS = ("r_out", "state_out", "confidence", "neighbors", "similarities")
 
 
@@ -34,10 +36,11 @@ def memory_specs(hidden_size: int, num_experts: int) -> tuple[TensorSpec, ...]:
         TensorSpec("keys", "float32", ("entries", hidden_size)),
         TensorSpec("key_scales", "float32", ("entries", 2)),
         TensorSpec("values", "float32", ("entries", num_experts)),
+        TensorSpec("evidence_weights", "float32", ("entries",)),
         TensorSpec("n_valid", "int64", (1,)),
         TensorSpec("k", "int64", (1,)),
         TensorSpec("center", "float32", (hidden_size,)),
-        TensorSpec("calibration", "float32", (11,)),
+        TensorSpec("calibration", "float32", (len(_CALIBRATION),)),
         TensorSpec("state", "float32", ("batch", 2)),
     )
 
@@ -73,7 +76,7 @@ def blend_function(similarity: Similarity, opset: int = OPSET) -> ir.Function:
     found = _nearest(g, v, c, similarity)
     weights = _weights(g, found, c)
     means = _weighted_values(g, v["values"], found, weights)
-    evidence = _evidence(g, found, c)
+    evidence = _evidence(g, v["evidence_weights"], found, c)
     gate, state = _sequence_gate(g, evidence, v["state"], v["lengths"], c)
     confidence = _confidence(g, evidence, gate, c)
     column = g.op("Unsqueeze", confidence, g.ints(1))
@@ -93,10 +96,11 @@ _TYPES: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "keys": ("float32", ("N", "D")),
     "key_scales": ("float32", ("N", 2)),
     "values": ("float32", ("N", "E")),
+    "evidence_weights": ("float32", ("N",)),
     "n_valid": ("int64", (1,)),
     "k": ("int64", (1,)),
     "center": ("float32", ("D",)),
-    "calibration": ("float32", (11,)),
+    "calibration": ("float32", (len(_CALIBRATION),)),
     "state": ("float32", ("B", 2)),
     "lengths": ("int64", ("B",)),
     "r_out": ("float32", ("T", "E")),
@@ -105,11 +109,6 @@ _TYPES: dict[str, tuple[str, tuple[int | str, ...]]] = {
     "neighbors": ("int64", ("T", "K")),
     "similarities": ("float32", ("T", "K")),
 }
-
-_CALIBRATION = (
-    "interpolate", "weight_power", "inverse_temperature", "mean", "scale", "power", "midpoint",
-    "sharpness", "cap", "sequence", "gamma",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,8 @@ def _number(g: GraphBuilder, content: float) -> ir.Value:
 
 
 def _calibration(g: GraphBuilder, calibration: ir.Value) -> Mapping[str, ir.Value]:
-    parts = g.ops("Split", calibration, count=11, axis=0, num_outputs=11)
+    count = len(_CALIBRATION)
+    parts = g.ops("Split", calibration, count=count, axis=0, num_outputs=count)
     return dict(zip(_CALIBRATION, parts, strict=True))
 
 
@@ -213,9 +213,15 @@ def _weighted_values(
     return g.op("Squeeze", mean, g.ints(1))
 
 
-def _evidence(g: GraphBuilder, found: _Found, c: Mapping[str, ir.Value]) -> ir.Value:
-    """s̄ [T]: the neighbours' mean similarity, or their sum up to 1."""
-    total = _row_sum(g, found.similarities, keep=False)
+def _evidence(
+    g: GraphBuilder, entry_weights: ir.Value, found: _Found, c: Mapping[str, ir.Value]
+) -> ir.Value:
+    """s̄ [T]: the mean of the neighbours' weighted similarities, or their sum up to 1."""
+    # What does not exist has similarity 0, but its weight may be NaN.
+    exists = g.op("Cast", found.exists, to=int(ir.DataType.BOOL))
+    counted = g.op("Gather", entry_weights, found.neighbors, axis=0)
+    counted = g.op("Where", exists, counted, _number(g, 0.0))
+    total = _row_sum(g, g.op("Mul", found.similarities, counted), keep=False)
     count = g.op("Max", _row_sum(g, found.exists, keep=False), _number(g, 1.0))
     mean = g.op("Div", total, count)
     bounded = g.op("Min", total, _number(g, 1.0))
@@ -240,17 +246,11 @@ def _sequence_gate(
     # Where, and not a product: what attention leaves in a row of padding may be NaN.
     counted = g.op("Where", real, by_sequence, zero)
     real = g.op("Cast", real, to=int(ir.DataType.FLOAT))
-    axis = g.constant(1, np.int64)
-    before_sum, before_count = g.ops("Split", state, count=2, axis=1, num_outputs=2)
-    sums = g.op("Add", before_sum, g.op("CumSum", counted, axis))
-    counts = g.op("Add", before_count, g.op("CumSum", real, axis))
-    last = g.ints(-1)
-    new_state = g.op(
-        "Concat",
-        g.op("Gather", sums, last, axis=1),
-        g.op("Gather", counts, last, axis=1),
-        axis=1,
-    )
+    middle = g.ints(1)
+    terms = g.op("Concat", *(g.op("Unsqueeze", t, middle) for t in (counted, real)), axis=1)
+    totals = _decayed_sums(g, terms, state, lengths, width, c["decay"])
+    new_state = g.op("Gather", totals, g.constant(-1, np.int64), axis=2)
+    sums, counts = (g.op("Gather", totals, g.constant(i, np.int64), axis=1) for i in (0, 1))
     whole = g.op("Greater", c["sequence"], _number(g, 0.5))
     # A row of padding before any real token has seen none: it divides by one.
     seen = g.op("Where", whole, g.op("Max", counts, one), one)
@@ -260,6 +260,36 @@ def _sequence_gate(
     gate = g.op("Sigmoid", g.op("Mul", g.op("Mul", growth, c["sharpness"]), above))
     gate = g.op("Where", g.op("Equal", c["sharpness"], zero), one, gate)
     return g.op("Reshape", gate, g.ints(-1)), new_state
+
+
+def _decayed_sums(
+    g: GraphBuilder,
+    terms: ir.Value,
+    before: ir.Value,
+    lengths: ir.Value,
+    width: ir.Value,
+    decay: ir.Value,
+) -> ir.Value:
+    """Sums [B, 2, S] of terms [B, 2, S] so far, each token leaving `decay` of the sum before it.
+
+    There is no operator for it: a product with a matrix of powers, [S+1, S+1], which is small
+    beside the scores [T, N]. Rows of padding have the sum of the last real token.
+    """
+    zero, one, middle = g.constant(0, np.int64), g.constant(1, np.int64), g.ints(1)
+    before = g.op("Unsqueeze", before, g.ints(2))
+    plain = g.op("Add", before, g.op("CumSum", terms, g.constant(2, np.int64)))
+    count = g.op("Add", width, one)
+    moments = g.op("Range", zero, count, one)
+    ages = g.op("Sub", moments, g.op("Unsqueeze", moments, middle))
+    powers = g.op("Pow", decay, g.op("Cast", g.op("Max", ages, zero), to=int(ir.DataType.FLOAT)))
+    powers = g.op("Where", g.op("Less", ages, zero), _number(g, 0.0), powers)
+    decayed = g.op("MatMul", g.op("Concat", before, terms, axis=2), powers)
+    following = g.op("Range", one, count, one)
+    last = g.op("Min", following, g.op("Unsqueeze", lengths, middle))
+    last = g.op("Unsqueeze", last, middle)
+    decayed = g.op("GatherElements", decayed, g.op("Concat", last, last, axis=1), axis=2)
+    # The plain sum where nothing decays, so that it is to the bit what it was without a decay.
+    return g.op("Where", g.op("Equal", decay, _number(g, 1.0)), plain, decayed)
 
 
 def _confidence(

@@ -35,6 +35,13 @@ class GateMemory:
     calibration: Calibration
     similarity: Similarity
     rule_first: bool  # the `assignment` variant: routing rule, then blend
+    evidence_weights: NDArray[np.float32] | None = None  # [N], 0 to 1; None: every entry 1
+
+    def entry_evidence(self) -> NDArray[np.float32]:
+        """`evidence_weights` [N] as the blend node takes them."""
+        if self.evidence_weights is None:
+            return np.ones(len(self.values), np.float32)
+        return np.ascontiguousarray(self.evidence_weights, np.float32)
 
     @staticmethod
     def empty(hidden_size: int, num_experts: int) -> GateMemory:
@@ -78,7 +85,7 @@ def knn_blend(
         x: Router inputs [T, D]; T = B·S, sequence-major.
         rows: Router logits, or dense assignments if the memory's rule comes first.
         memory: What to search.
-        state: Evidence so far [B, 2]: sum, tokens.
+        state: Evidence so far [B, 2]: decayed sum, decayed count of tokens.
         lengths: Real new tokens a sequence [B]; rows beyond them are padding.
         dtype: Arithmetic; float64 is the oracle of the tests.
     """
@@ -169,7 +176,10 @@ def blend_found(
     # Capacity beyond n_valid may hold anything, NaN too: it is masked, not weighted by zero.
     values = np.where(found[:, :, None], memory.values[neighbors], 0).astype(dtype)
     means = np.einsum("tk,tke->te", weights, values)
-    evidence = token_evidence(similarities, found, numbers)
+    counted = similarities
+    if memory.evidence_weights is not None:
+        counted = counted * np.where(found, memory.evidence_weights[neighbors], 0).astype(dtype)
+    evidence = token_evidence(counted, found, numbers)
     gate, new_state = sequence_gate(evidence, state.astype(dtype), lengths, numbers)
     strength = dtype(numbers.scale) * evidence ** dtype(numbers.power) * gate
     confidence = np.clip(strength, 0, 1).astype(dtype)
@@ -191,9 +201,9 @@ def neighbor_weights(
     return weights
 
 
-def token_evidence(similarities: Floats, found: NDArray[np.bool_], numbers: Calibration) -> Floats:
-    """s̄ [T]: the neighbours' mean similarity, or their sum up to 1."""
-    evidence: Floats = similarities.sum(axis=1)
+def token_evidence(counted: Floats, found: NDArray[np.bool_], numbers: Calibration) -> Floats:
+    """s̄ [T]: the mean of the neighbours' weighted similarities [T, K'], or their sum up to 1."""
+    evidence: Floats = counted.sum(axis=1)
     if numbers.mean:
         evidence = evidence / np.maximum(found.sum(axis=1), 1).astype(evidence.dtype)
     return np.minimum(evidence, 1)
@@ -206,8 +216,8 @@ def sequence_gate(
     dtype = evidence.dtype.type
     by_sequence = evidence.reshape(state.shape[0], -1)
     real = np.arange(by_sequence.shape[1])[None, :] < lengths[:, None]
-    sums = state[:, :1] + np.cumsum(np.where(real, by_sequence, 0), axis=1)
-    tokens: Floats = state[:, 1:] + np.cumsum(real, axis=1).astype(dtype)
+    sums = decayed_sums(np.where(real, by_sequence, 0), state[:, 0], real, numbers)
+    tokens = decayed_sums(real.astype(dtype), state[:, 1], real, numbers)
     new_state = np.stack([sums[:, -1], tokens[:, -1]], axis=1)
     if not numbers.sharpness:
         return np.ones_like(evidence), new_state
@@ -220,3 +230,22 @@ def sequence_gate(
     z = growth * dtype(numbers.sharpness) * (measured - dtype(numbers.midpoint))
     gate: Floats = 1 / (1 + np.exp(-np.clip(z, -80, 80)))
     return gate.reshape(-1).astype(dtype), new_state
+
+
+def decayed_sums(
+    terms: Floats, before: Floats, real: NDArray[np.bool_], numbers: Calibration
+) -> Floats:
+    """Sums [B, S] of terms [B, S] so far, each real token leaving `decay` of the sum before it.
+
+    Padding adds nothing and takes nothing: its rows have the sum of the last real token.
+    """
+    dtype = terms.dtype.type
+    if numbers.decay == 1:
+        running: Floats = before[:, None] + np.cumsum(terms, axis=1)
+        return running
+    sums = np.empty_like(terms)
+    decay = dtype(numbers.decay)
+    for token in range(terms.shape[1]):
+        before = np.where(real[:, token], decay * before + terms[:, token], before)
+        sums[:, token] = before
+    return sums

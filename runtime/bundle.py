@@ -17,7 +17,7 @@ from .errors import BundleError, SettingError
 from .manifest import Fields, ManifestKind
 from .routing import RoutingRule
 
-SCHEMA = "knnmoe.bundle/1"
+SCHEMA = "knnmoe.bundle/2"
 MANIFEST = "manifest.json"
 MAX_DIRECTORY_ENTRIES = 100_000
 MAX_GATES = 4096

@@ -16,9 +16,11 @@ Variant = Literal["logits", "assignment", "residual"]
 Similarity = Literal["cosine", "rbf"]
 Confidence = Literal["mean", "sum", "calibrated"]
 Weighting = Literal["similarity", "softmax"]
+EvidenceFrom = Literal["all", "reference"]  # which entries of a memory are evidence
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
+EVIDENCE: tuple[EvidenceFrom, ...] = get_args(EvidenceFrom)
 
 MAX_NEIGHBORS = 64  # the device kernel keeps its candidates in registers up to here
 
@@ -44,6 +46,7 @@ class Calibration:
     cap: float = 12.0
     sequence: float = 0.0
     gamma: float = 1.0
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -65,7 +68,7 @@ class Calibration:
                 )
 
     def vector(self) -> NDArray[np.float32]:
-        """The numbers as the blend node takes them: [11] fp32."""
+        """The numbers as the blend node takes them: [12] fp32."""
         return np.array([getattr(self, f.name) for f in fields(self)], dtype=np.float32)
 
     def to_json(self) -> dict[str, float]:
@@ -74,9 +77,12 @@ class Calibration:
 
     @staticmethod
     def from_json(numbers: Mapping[str, Any]) -> Calibration:
-        """Read the numbers by name; every name must be there and no other."""
+        """Read the numbers by name; every name must be there and no other.
+
+        Only `decay` may be missing, which packs written before there was one do not have: 1.
+        """
         names = {f.name for f in fields(Calibration)}
-        if set(numbers) != names:
+        if set(numbers) | {"decay"} != names:
             raise SettingError(
                 "calibration",
                 "malformed",
@@ -104,6 +110,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "cap": (0.0, 1e4),
     "sequence": _FLAG,
     "gamma": (0.0, 1e6),
+    "decay": (0.5, 1.0),
 }
 
 

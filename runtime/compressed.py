@@ -28,7 +28,8 @@ class CompressedMemory:
         scan: The projection; its scales are those of the centred keys.
         candidates: R, which the projection was made for.
         lengths: [N] fp32: of the centred keys.
-        values, n_valid, k, center, calibration, similarity, rule_first: As in `GateMemory`.
+        values, n_valid, k, center, calibration, similarity, rule_first, evidence_weights: As in
+            `GateMemory`.
     """
 
     keys: NDArray[Any]
@@ -44,6 +45,7 @@ class CompressedMemory:
     calibration: Calibration
     similarity: Similarity
     rule_first: bool
+    evidence_weights: NDArray[np.float32] | None = None
 
     def rows(self, entries: Any) -> NDArray[np.float32]:
         """Keys of some entries as they are compared, fp32."""
@@ -87,6 +89,7 @@ class CompressedMemory:
             calibration=self.calibration,
             similarity=self.similarity,
             rule_first=self.rule_first,
+            evidence_weights=self.evidence_weights,
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError, SettingError
-from .statistics import paired_bootstrap
+from .statistics import Unit, drawn_units, paired_bootstrap
 
 DEFAULT_CONTEXT = 256
 ROWS_AT_ONCE = 64  # rows of logits turned into probabilities together; bounds the scratch memory
@@ -64,16 +64,29 @@ class Evaluation:
 
     frozen: Scores
     memory: Scores | None = None
+    documents: Sequence[int] | None = None  # of each sequence, where known
 
     def delta(self, *, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
         """NLL with the memory minus without, nats a token: (mean, low, high).
 
         Below zero the memory helps. The bounds are the 95 % interval of a paired bootstrap over
-        sequences, weighted by their tokens; infinite if there is one sequence only.
+        documents, or sequences (`drawn`), weighted by their tokens; infinite if there is one
+        sequence only.
         """
         assert self.memory is not None
         change = (self.memory.nll - self.frozen.nll) / self.frozen.tokens
-        return paired_bootstrap(change, self.frozen.tokens, samples=samples, seed=seed)
+        units, _ = self._units()
+        return paired_bootstrap(change, self.frozen.tokens, units=units, samples=samples, seed=seed)
+
+    @property
+    def drawn(self) -> Unit:
+        """What the interval's bootstrap draws."""
+        return self._units()[1]
+
+    def _units(self) -> tuple[NDArray[np.int64], Unit]:
+        if self.documents is None:
+            return np.arange(len(self.frozen.tokens)), "sequences"
+        return drawn_units(self.documents)
 
     def to_json(self) -> dict[str, Any]:
         """The figures by name; without a memory only the frozen ones, null for infinite bounds."""
@@ -89,6 +102,7 @@ class Evaluation:
                 "delta": mean,
                 "delta_low": low if math.isfinite(low) else None,
                 "delta_high": high if math.isfinite(high) else None,
+                "drawn": self.drawn,
             }
         return figures
 
@@ -103,7 +117,12 @@ def _figures(scores: Scores, name: str) -> dict[str, float]:
     }
 
 
-def cut_sequences(
+def cut_sequences(tokenizer: Encoder, documents: Iterable[str], **settings: Any) -> list[list[int]]:
+    """The sequences of `cut_documents` alone."""
+    return cut_documents(tokenizer, documents, **settings)[0]
+
+
+def cut_documents(
     tokenizer: Encoder,
     documents: Iterable[str],
     *,
@@ -111,8 +130,10 @@ def cut_sequences(
     max_positions: int,
     max_tokens: int | None = None,
     where: object = "text",
-) -> list[list[int]]:
-    """Documents as sequences of at most `context` tokens; none spans two documents.
+) -> tuple[list[list[int]], list[int]]:
+    """Documents as sequences of at most `context` tokens, and the number of each one's document.
+
+    None spans two documents.
 
     Args:
         context: Tokens a sequence, 2 to `max_positions`.
@@ -132,36 +153,57 @@ def cut_sequences(
             found=context,
         )
     sequences: list[list[int]] = []
+    origins: list[int] = []
     for number, document in enumerate(documents, start=1):
         ids = tokenizer.encode(document, where=f"{where}, document {number}")
-        pieces = (ids[start : start + context] for start in range(0, len(ids), context))
-        sequences += [piece for piece in pieces if len(piece) > 1]
+        pieces = [ids[start : start + context] for start in range(0, len(ids), context)]
+        pieces = [piece for piece in pieces if len(piece) > 1]
+        sequences += pieces
+        origins += [number] * len(pieces)
     if not sequences:
         raise InputError(where, "too short to score", expected="at least two tokens")
-    return sequences if max_tokens is None else _draw(sequences, max_tokens)
+    return (sequences, origins) if max_tokens is None else _draw(sequences, origins, max_tokens)
 
 
-def _draw(sequences: list[list[int]], max_tokens: int) -> list[list[int]]:
+def _draw(
+    sequences: list[list[int]], origins: list[int], max_tokens: int
+) -> tuple[list[list[int]], list[int]]:
     if max_tokens < 1:
         raise SettingError("max tokens", "out of range", expected=">= 1", found=max_tokens)
     order = np.random.default_rng(0).permutation(len(sequences))
     reached = np.cumsum([len(sequences[index]) - 1 for index in order])
     kept = np.sort(order[: int((reached <= max_tokens).sum())])
+    if len(kept):
+        return [sequences[index] for index in kept], [origins[index] for index in kept]
     # Something always remains: a first sequence that is too long is cut.
-    return [sequences[index] for index in kept] or [sequences[order[0]][: max_tokens + 1]]
+    return [sequences[order[0]][: max_tokens + 1]], [origins[order[0]]]
 
 
 def score_sequences(
-    model: Scorer, sequences: Sequence[Sequence[int]], progress: Progress | None = None
+    model: Scorer,
+    sequences: Sequence[Sequence[int]],
+    progress: Progress | None = None,
+    *,
+    first: int | Sequence[int] = 1,
 ) -> Scores:
-    """Score every sequence by itself; `progress` is called with the tokens just scored."""
+    """Score every sequence by itself.
+
+    Args:
+        model: What scores.
+        sequences: Token ids.
+        progress: Called with the tokens just read.
+        first: Token of each sequence, or of all, that is the first to be predicted, ≥ 1.
+    """
+    firsts = [first] * len(sequences) if isinstance(first, int) else list(first)
     nll = np.zeros(len(sequences))
     correct = np.zeros(len(sequences), np.int64)
-    for index, ids in enumerate(sequences):
-        nll[index], correct[index] = _score(model.logits(ids)[:-1], np.asarray(ids[1:], np.int64))
+    for index, (ids, start) in enumerate(zip(sequences, firsts, strict=True)):
+        rows = model.logits(ids)[start - 1 : -1]
+        nll[index], correct[index] = _score(rows, np.asarray(ids[start:], np.int64))
         if progress is not None:
             progress(len(ids) - 1)
-    return Scores(nll, correct, np.array([len(ids) - 1 for ids in sequences], np.int64))
+    tokens = [len(ids) - start for ids, start in zip(sequences, firsts, strict=True)]
+    return Scores(nll, correct, np.array(tokens, np.int64))
 
 
 def _score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> tuple[float, int]:

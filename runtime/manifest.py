@@ -23,7 +23,8 @@ class ManifestKind:
     Attributes:
         name: What it is called, with its article.
         file: The JSON file in it.
-        schema: Of that file; no other is read.
+        schema: Of that file.
+        older: Schemas that are read too.
         error: What to raise.
         fix: The next step when it is damaged.
         other_schema: The next step when its schema is another.
@@ -35,6 +36,7 @@ class ManifestKind:
     error: type[KnnMoeError]
     fix: str
     other_schema: str
+    older: tuple[str, ...] = ()
 
     def read(self, root: Path) -> Fields:
         """The manifest of a directory; its schema is right, its fields are not checked yet."""
@@ -63,7 +65,7 @@ class ManifestKind:
         except ValueError as error:
             raise self.error(path, f"is not valid JSON ({error})", fix=self.fix) from error
         found = content.get("schema")
-        if found != self.schema:
+        if found != self.schema and found not in self.older:
             raise self.error(
                 f"{path}: schema",
                 "unknown",

@@ -6,7 +6,7 @@ schema, paths, sizes, hashes, shapes, finite numbers, and that it belongs to the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,12 @@ from .atomic import new_directory
 from .blend import GateMemory, unit_rows
 from .bundle import MAX_DIMENSION, MAX_GATES
 from .calibration import (
+    EVIDENCE,
     MAX_NEIGHBORS,
     SIMILARITIES,
     VARIANTS,
     Calibration,
+    EvidenceFrom,
     Similarity,
     Variant,
     check_neighbors,
@@ -54,7 +56,8 @@ from .projection import SCAN_BITS, WIDTH_STEP, ProjectedKeys
 from .routing import RoutingRule
 from .two_stage import MAX_CANDIDATES
 
-SCHEMA = "knnmoe.memory/1"
+SCHEMA = "knnmoe.memory/2"
+OLDER = ("knnmoe.memory/1",)  # without decay, evidence and calibrated
 ENTRIES = "entries.safetensors"
 KIND = ManifestKind(
     "a memory pack",
@@ -63,6 +66,7 @@ KIND = ManifestKind(
     MemoryPackError,
     REBUILD,
     "Use the version of knnmoe that wrote the pack, or build it again with this one.",
+    OLDER,
 )
 
 Array = NDArray[Any]
@@ -137,6 +141,7 @@ class PackGate:
     """One covered gate: its file, how many entries it has, how its similarity is used.
 
     `scan` and `int8_keys` say what compressing added and changed.
+    A gate that is not `used` is left to the frozen router; its file stays.
     """
 
     gate: int
@@ -145,6 +150,7 @@ class PackGate:
     calibration: Calibration
     scan: ScanStatement | None = None
     int8_keys: bool = False
+    used: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,11 @@ class MemoryPack:
     """A memory pack that has been opened and checked, tensors still on disk.
 
     Use `MemoryPack.open`; it raises `MemoryPackError` for anything wrong with the directory.
+
+    Attributes:
+        evidence: Whether `all` entries are evidence of the domain, or those of `reference` text
+            alone, and not the ones of background text.
+        calibrated: Whether held-out text has chosen the settings (`knnmoe memory calibrate`).
     """
 
     path: Path
@@ -163,6 +174,8 @@ class MemoryPack:
     origins: PackFile | None
     provenance: Mapping[str, Any]
     origin_rows: int = 0
+    evidence: EvidenceFrom = "all"
+    calibrated: bool = False
 
     @staticmethod
     def open(path: str | Path, *, verify: bool = True) -> MemoryPack:
@@ -196,6 +209,43 @@ class MemoryPack:
                     found=found,
                     fix="Build a memory from the checkpoint this bundle was exported from.",
                 )
+
+    def check_calibrated(self) -> None:
+        """Raise `MemoryPackError` if serving this pack as it is could do great harm.
+
+        That is a variant that puts its values in the place of the router's logits, with settings
+        that nobody has measured: if its values are wrong, so is the routing of all its domain.
+        """
+        if not self.calibrated and any(gate.calibration.interpolate for gate in self.gates):
+            raise MemoryPackError(
+                self.path / MANIFEST,
+                f"is not calibrated, and its variant {self.variant} replaces the router's logits",
+                expected="a calibrated pack, or the variant residual",
+                fix="Calibrate it with `knnmoe memory calibrate`, use it with --variant residual,"
+                f" or ask for it with --variant {self.variant}.",
+            )
+
+    def background(self, gate: PackGate) -> NDArray[np.bool_]:
+        """Which of a gate's entries are of background text, [N].
+
+        Raises:
+            MemoryPackError: If the pack does not say where its entries came from.
+        """
+        origins = self.read_origins()
+        if origins is None:
+            raise MemoryPackError(
+                self.path / MANIFEST,
+                "counts entries of reference text as evidence, but does not say which they are",
+                expected=f"a file {ENTRIES}",
+                fix=REBUILD,
+            )
+        found: NDArray[np.bool_] = origins.documents_of(gate.gate) < 0
+        return found
+
+    def _evidence_weights(self, gate: PackGate) -> NDArray[np.float32] | None:
+        if self.evidence == "all":
+            return None
+        return (~self.background(gate)).astype(np.float32)
 
     def read(self, gate: PackGate) -> GateEntries:
         """Load one gate's tensors, checking shapes before allocating and numbers after."""
@@ -255,15 +305,21 @@ class MemoryPack:
         neighbors: int | None = None,
         similarity: Similarity | None = None,
         calibration: Calibration | Mapping[int, Calibration] | None = None,
+        evidence: EvidenceFrom | None = None,
+        calibrated: bool | None = None,
+        unused: Collection[int] | None = None,
     ) -> MemoryPack:
         """The same memory used differently; nothing on disk changes.
 
-        A change of variant alone keeps each gate's other numbers.
+        A change of variant alone keeps each gate's other numbers. Gates among the `unused` are left
+        to the frozen router, all others are used; None leaves that as it is.
         """
         if variant is not None and variant not in VARIANTS:
             raise SettingError("variant", "unknown", expected=VARIANTS, found=variant)
         if similarity is not None and similarity not in SIMILARITIES:
             raise SettingError("similarity", "unknown", expected=SIMILARITIES, found=similarity)
+        if evidence is not None and evidence not in EVIDENCE:
+            raise SettingError("evidence", "unknown", expected=EVIDENCE, found=evidence)
 
         def numbers(gate: PackGate) -> Calibration:
             if isinstance(calibration, Calibration):
@@ -277,7 +333,16 @@ class MemoryPack:
             variant=variant or self.variant,
             neighbors=check_neighbors(self.neighbors if neighbors is None else neighbors),
             similarity=similarity or self.similarity,
-            gates=tuple(replace(gate, calibration=numbers(gate)) for gate in self.gates),
+            gates=tuple(
+                replace(
+                    gate,
+                    calibration=numbers(gate),
+                    used=gate.used if unused is None else gate.gate not in unused,
+                )
+                for gate in self.gates
+            ),
+            evidence=evidence or self.evidence,
+            calibrated=self.calibrated if calibrated is None else calibrated,
         )
 
     def gate_memory(
@@ -305,6 +370,7 @@ class MemoryPack:
             calibration=gate.calibration,
             similarity=self.similarity,
             rule_first=self.variant == "assignment",
+            evidence_weights=self._evidence_weights(gate),
         )
 
     def memory_of(
@@ -361,6 +427,7 @@ class MemoryPack:
             calibration=gate.calibration,
             similarity=self.similarity,
             rule_first=self.variant == "assignment",
+            evidence_weights=self._evidence_weights(gate),
         )
         check_scan(path, scan, memory.centred(sampled(gate.entries)))
         return memory
@@ -402,6 +469,7 @@ def write_pack(
     calibration: Calibration | Mapping[int, Calibration],
     origins: EntryOrigins | StoredTensors | None,
     provenance: Mapping[str, Any],
+    evidence: EvidenceFrom = "all",
     overwrite: bool = False,
 ) -> MemoryPack:
     """Write a memory pack and return it opened.
@@ -410,6 +478,7 @@ def write_pack(
         gates: Entries by gate, in memory or in files; gates without any are left to the frozen
             router. What is in a file is not looked at.
         calibration: For all gates, or by gate.
+        evidence: Which entries are; `reference` needs `origins`.
 
     Raises:
         MemoryPackError: If a gate is empty, or holds NaN or infinite numbers.
@@ -448,6 +517,7 @@ def write_pack(
                     **asdict(stored),
                     "entries": count,
                     "calibration": numbers.to_json(),
+                    "used": True,
                 }
             )
         write_manifest(
@@ -458,6 +528,8 @@ def write_pack(
                 "variant": variant,
                 "neighbors": neighbors,
                 "similarity": similarity,
+                "evidence": evidence,
+                "calibrated": False,
                 "gates": stated,
                 "entries": _write_origins(target, origins),
                 "provenance": dict(provenance),
@@ -488,17 +560,24 @@ def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryP
     manifest["variant"] = pack.variant
     manifest["neighbors"] = pack.neighbors
     manifest["similarity"] = pack.similarity
+    manifest["schema"] = SCHEMA
+    manifest["evidence"] = pack.evidence
+    manifest["calibrated"] = pack.calibrated
     manifest["provenance"] = dict(provenance)
     for stated in manifest["gates"]:
         stated["calibration"] = by_gate[stated["gate"]].calibration.to_json()
+        stated["used"] = by_gate[stated["gate"]].used
     write_manifest(pack.path, manifest)
     return MemoryPack.open(pack.path)
 
 
 def _parse(root: Path, top: Fields) -> MemoryPack:
     top.only(
-        "schema", "model", "variant", "neighbors", "similarity", "gates", "entries", "provenance"
-    )
+        "schema", "model", "variant", "neighbors", "similarity", "gates", "entries", "provenance",
+        optional=("evidence", "calibrated"),
+    )  # fmt: skip
+    older = top.content["schema"] in OLDER
+    provenance = top.object("provenance").content
     model = _parse_model(top.object("model"))
     gates = tuple(_parse_gate(entry, model) for entry in top.objects("gates"))
     numbers = [gate.gate for gate in gates]
@@ -519,8 +598,10 @@ def _parse(root: Path, top: Fields) -> MemoryPack:
         similarity=cast(Similarity, similarity),
         gates=gates,
         origins=_parse_file(top.object("entries")) if top.has("entries") else None,
-        provenance=top.object("provenance").content,
         origin_rows=rows,
+        provenance=provenance,
+        evidence=cast(EvidenceFrom, "all" if older else top.text("evidence", choices=EVIDENCE)),
+        calibrated=("calibration" in provenance) if older else top.boolean("calibrated"),
     )
 
 
@@ -537,8 +618,9 @@ def _parse_model(entry: Fields) -> ModelIdentity:
 
 def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
     entry.only(
-        "gate", "file", "sha256", "size", "entries", "calibration", optional=("keys", "scan")
-    )
+        "gate", "file", "sha256", "size", "entries", "calibration",
+        optional=("keys", "scan", "used"),
+    )  # fmt: skip
     try:
         calibration = Calibration.from_json(entry.object("calibration").content)
     except SettingError as error:
@@ -556,6 +638,7 @@ def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
         calibration=calibration,
         scan=_parse_scan(entry.object("scan"), model) if entry.has("scan") else None,
         int8_keys=entry.has("keys") and entry.text("keys", choices=("int8",)) == "int8",
+        used=entry.boolean("used") if entry.has("used") else True,
     )
 
 

@@ -89,7 +89,8 @@ class Model:
             keys: CUDA: dtype of the memory's keys on the device, `float16` by default; with
                 `int8+float16` int8 keys are scanned, and the best scored again in fp16.
             cuda_graph: CUDA: capture decode steps in a CUDA graph, as is the default.
-            variant, neighbors, similarity, scale: Replace the memory's own settings.
+            variant, neighbors, similarity, scale: Replace the memory's own settings. A pack that
+                is not calibrated and replaces logits is used if its variant is asked for.
             threads: Of one operator; None takes the physical cores, or one thread for a model so
                 small that sharing the work costs more than it saves.
 
@@ -113,7 +114,11 @@ class Model:
         )
         model = Model(opened, backend)
         if memory is not None:
-            pack = memory if isinstance(memory, MemoryPack) else MemoryPack.open(memory)
+            pack = memory
+            if not isinstance(pack, MemoryPack):
+                pack = MemoryPack.open(pack)
+                if variant is None:
+                    pack.check_calibrated()
             pack = pack.with_settings(variant=variant, neighbors=neighbors, similarity=similarity)
             model.swap_memory(pack if scale is None else _with_scale(pack, scale))
         return model
@@ -138,11 +143,13 @@ class Model:
         keeps serving.
 
         Raises:
-            MemoryPackError: If the pack is damaged or belongs to another model.
+            MemoryPackError: If the pack is damaged or belongs to another model, or is given by its
+                path, replaces logits and is not calibrated.
             BackendError: If the backend does not fit.
         """
         if memory is not None and not isinstance(memory, MemoryPack):
             memory = MemoryPack.open(memory)
+            memory.check_calibrated()
         layout = self._layout(memory)
         self.pipeline.layout = layout
         self.memory = memory
@@ -259,8 +266,8 @@ def _memories(
     rule: RoutingRule,
     biases: Sequence[NDArray[np.float32] | None],
 ) -> tuple[Memory | None, ...]:
-    """One memory a gate, compressed where the pack is; None for gates the pack does not cover."""
-    covered = {gate.gate: gate for gate in pack.gates} if pack else {}
+    """One memory a gate, compressed where the pack is; None for gates it has none for or leaves."""
+    covered = {gate.gate: gate for gate in pack.gates if gate.used} if pack else {}
     return tuple(
         pack.memory_of(covered[gate], rule, bias) if pack and gate in covered else None
         for gate, bias in enumerate(biases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,12 +10,29 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import SettingError
 
 _BLOCK = 1 << 22  # draws in memory at once
+MIN_DOCUMENTS = 8
+
+Unit = Literal["documents", "sequences"]
+
+
+def drawn_units(documents_of_sequences: ArrayLike) -> tuple[NDArray[np.int64], Unit]:
+    """What a bootstrap should draw of some text: the unit [n] of each sequence, and its kind.
+
+    Sequences of one document are alike, so documents are drawn, whole. Of fewer than eight
+    documents the draws would say too little about others: then it is sequences.
+    """
+    documents = np.asarray(documents_of_sequences)
+    names, units = np.unique(documents, return_inverse=True)
+    if len(names) < MIN_DOCUMENTS:
+        return np.arange(len(documents)), "sequences"
+    return units.astype(np.int64), "documents"
 
 
 def paired_bootstrap(
     deltas_per_sequence: ArrayLike,
     tokens_per_sequence: ArrayLike,
     *,
+    units: ArrayLike | None = None,
     samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
@@ -29,12 +46,14 @@ def paired_bootstrap(
         deltas_per_sequence: Mean difference a token of each sequence [n], for example of its
             negative log-likelihood with a memory minus without.
         tokens_per_sequence: Tokens each mean is over [n].
+        units: Which sequences are drawn together [n], as `drawn_units` has them (the cluster
+            bootstrap); None draws each by itself.
         samples: Bootstrap samples.
         seed: Of the draws; the same seed gives the same interval.
 
     Returns:
         (mean, low, high): the mean difference a token, and the 2.5 and 97.5 percentiles. With one
-        sequence, which says nothing about others, the interval is from -inf to inf.
+        sequence or unit, which says nothing about others, the interval is from -inf to inf.
 
     Raises:
         SettingError: If the lengths differ, nothing is there, or a number is out of its range.
@@ -42,7 +61,18 @@ def paired_bootstrap(
     deltas = np.asarray(deltas_per_sequence, dtype=np.float64)
     tokens = np.asarray(tokens_per_sequence, dtype=np.float64)
     _check(deltas, tokens, samples)
-    sums, count = deltas * tokens, len(deltas)
+    sums = deltas * tokens
+    if units is not None:
+        together = np.asarray(units)
+        if together.shape != deltas.shape:
+            raise SettingError(
+                "bootstrap", "units do not match", expected=f"one for each of {len(deltas)}",
+                found=f"shape {list(together.shape)}",
+            )  # fmt: skip
+        _, together = np.unique(together, return_inverse=True)
+        sums = np.bincount(together, sums).astype(np.float64)
+        tokens = np.bincount(together, tokens).astype(np.float64)
+    count = len(sums)
     mean = float(sums.sum() / tokens.sum())
     if count == 1:
         return mean, -np.inf, np.inf

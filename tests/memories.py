@@ -24,8 +24,12 @@ def random_memory(
     duplicates: bool = False,
     rule_first: bool = False,
     calibration: Calibration | None = None,
+    weighted: bool = False,
 ) -> GateMemory:
-    """A memory of random entries; with `duplicates`, every key is there about three times."""
+    """A memory of random entries; with `duplicates`, every key is there about three times.
+
+    With `weighted` its entries are evidence of different weights, some of none.
+    """
     rng = np.random.default_rng(seed)
     raw = rng.normal(size=(entries, hidden_size)).astype(np.float32)
     if duplicates:
@@ -43,6 +47,7 @@ def random_memory(
         calibration=calibration or Calibration(),
         similarity=similarity,
         rule_first=rule_first,
+        evidence_weights=rng.choice([0, 0.5, 1], entries).astype(np.float32) if weighted else None,
     )
 
 
@@ -61,5 +66,6 @@ def random_calibration(seed: int, **fixed: Any) -> Calibration:
         cap=float(rng.choice([1.0, 12.0])),
         sequence=float(rng.integers(0, 2)),
         gamma=float(rng.uniform(0.01, 0.2)),
+        decay=float(rng.choice([1.0, 0.97, 0.7])),
     )
     return replace(numbers, **fixed)

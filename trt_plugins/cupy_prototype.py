@@ -83,6 +83,7 @@ class MemoryArrays:
     scan_keys: Array | None = None
     scan_scales: Array | None = None
     candidates: int = MAX_NEIGHBORS
+    evidence_weights: Array | None = None  # [N] fp32; None: every entry 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class CupyBlend:
         self.keys = self.array(memory.keys, KEY_DTYPES[self.key_type])
         self.key_scales = self.array(memory.key_scales, np.float32)
         self.values = self.array(memory.values, values_type)
+        evidence_weights = memory.evidence_weights
+        if evidence_weights is None:
+            evidence_weights = np.ones(len(memory.keys), np.float32)
+        self.evidence_weights = self.array(evidence_weights, np.float32)
         self.center = self.array(memory.center, np.float32)
         self.calibration = self.array(memory.calibration, np.float32)
         self.n_valid = self.array(np.array([memory.n_valid]), np.int64)
@@ -142,7 +147,8 @@ class CupyBlend:
         _expect("key_scales", self.key_scales, (entries, 2))
         _expect("values", self.values, (entries, self.values.shape[-1]))
         _expect("center", self.center, (hidden,))
-        _expect("calibration", self.calibration, (11,))
+        _expect("evidence_weights", self.evidence_weights, (entries,))
+        _expect("calibration", self.calibration, (12,))
         self.scan_keys, self.scan_scales, candidates = self.keys, self.key_scales, 0
         if memory.scan_keys is not None or memory.scan_scales is not None:
             self.scan_keys, self.scan_scales = self._scanned(memory)
@@ -238,7 +244,8 @@ class CupyBlend:
         arrays = {
             "x": x, "r": r, "keys": self.keys, "key_scales": self.key_scales,
             "scan_keys": self.scan_keys, "scan_scales": self.scan_scales,
-            "values": self.values, "n_valid": self.n_valid, "k": self.k, "center": self.center,
+            "values": self.values, "evidence_weights": self.evidence_weights,
+            "n_valid": self.n_valid, "k": self.k, "center": self.center,
             "calibration": self.calibration, "state": state, "lengths": lengths,
             "workspace": self.workspace, "ticket": self.ticket,
             **results,

@@ -38,9 +38,9 @@ DECODE_TOKENS: dict[KeyType, tuple[int, ...]] = {
 }
 
 POINTERS = (
-    "x", "r", "keys", "key_scales", "scan_keys", "scan_scales", "values", "n_valid", "k", "center",
-    "calibration", "state", "lengths", "rows", "state_out", "confidence", "neighbors",
-    "similarities", "workspace", "ticket",
+    "x", "r", "keys", "key_scales", "scan_keys", "scan_scales", "values", "evidence_weights",
+    "n_valid", "k", "center", "calibration", "state", "lengths", "rows", "state_out", "confidence",
+    "neighbors", "similarities", "workspace", "ticket",
 )  # fmt: skip
 NUMBERS = (
     "tokens", "sequences", "hidden", "experts", "columns", "candidates", "splits", "rbf",

@@ -36,15 +36,16 @@ def evaluate(
     """Score text with the memory and without it.
 
     Negative log-likelihood (nats a token), perplexity and next-token accuracy; the difference that
-    the memory makes with its 95 % interval (paired bootstrap over sequences).
+    the memory makes with its 95 % interval (paired bootstrap over documents, or sequences where
+    documents are fewer than eight).
     """
     with outcome(as_json) as result:
         model = load_model(bundle, **settings)
-        from ..evaluation import DEFAULT_CONTEXT, Evaluation, cut_sequences, score_sequences
+        from ..evaluation import DEFAULT_CONTEXT, Evaluation, cut_documents, score_sequences
         from ..texts import read_documents
 
         positions = model.pipeline.max_positions
-        sequences = cut_sequences(
+        sequences, documents = cut_documents(
             model.tokenizer,
             [document for path in texts for document in read_documents(path)],
             context=min(DEFAULT_CONTEXT, positions) if context is None else context,
@@ -59,7 +60,7 @@ def evaluate(
                 with_memory = score_sequences(model, sequences, advance)
                 model.disable_memory()
             frozen = score_sequences(model, sequences, advance)
-        figures = Evaluation(frozen, with_memory).to_json()
+        figures = Evaluation(frozen, with_memory, documents).to_json()
         result(figures, lambda: _print_evaluation(figures))
 
 

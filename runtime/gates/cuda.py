@@ -38,7 +38,8 @@ def resident_blend(
         blend = CupyBlend(
             MemoryArrays(
                 keys=arrays["keys"], key_scales=arrays["key_scales"], values=arrays["values"],
-                center=arrays["center"], calibration=arrays["calibration"],
+                evidence_weights=arrays["evidence_weights"], center=arrays["center"],
+                calibration=arrays["calibration"],
                 n_valid=memory.n_valid, k=memory.k, similarity=memory.similarity,
                 scan_keys=arrays.get("scan_keys"), scan_scales=arrays.get("scan_scales"),
             ),

@@ -33,6 +33,7 @@ def memory_inputs(memory: GateMemory, suffix: str = "") -> Mapping[str, NDArray[
         "keys": np.ascontiguousarray(memory.keys, dtype=np.float32),
         "key_scales": np.ascontiguousarray(memory.key_scales, dtype=np.float32),
         "values": np.ascontiguousarray(memory.values, dtype=np.float32),
+        "evidence_weights": memory.entry_evidence(),
         "n_valid": np.array([memory.n_valid], np.int64),
         "k": np.array([memory.k], np.int64),
         "center": np.ascontiguousarray(memory.center, dtype=np.float32),

@@ -125,12 +125,14 @@ class TwoStageGate(NumpyGate):
             key_scales=found.key_scales[0],
             values=found.values[0],
             n_valid=min(self.memory.n_valid, self.candidates),
+            evidence_weights=np.zeros(self.candidates, np.float32),
         )
         gate = OnnxGate.over(self.gate, among, self.selection_bias).bind(buffers, trace)
-        entries = found.entries[0]
+        entries, evidence = found.entries[0], self.memory.entry_evidence()
 
         def run() -> None:
             scan()
+            evidence.take(entries, out=among.evidence_weights, mode="clip")
             gate()
             if trace is not None:
                 trace.neighbors[...] = entries[trace.neighbors]

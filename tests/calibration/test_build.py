@@ -194,7 +194,7 @@ def test_the_defaults_are_the_safe_ones(built: BuildReport) -> None:
     pack = built.pack
     assert (pack.variant, pack.neighbors, pack.similarity) == ("residual", 8, "cosine")
     numbers = pack.gates[0].calibration
-    assert (numbers.interpolate, numbers.scale, numbers.power) == (0, 0.4, 2)
+    assert (numbers.interpolate, numbers.scale, numbers.power) == (0, 0.25, 2)
     assert (numbers.weight_power, numbers.inverse_temperature) == (0, pytest.approx(20))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from knnmoe.calibration.build import build_memory
 from knnmoe.calibration.calibrate import calibrate
 from knnmoe.calibration.confidence import Way
 from knnmoe.calibration.settings import BuildSettings
+from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
 from knnmoe.runtime.evaluation import score_sequences
 from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
@@ -112,6 +114,13 @@ def test_a_memory_that_pays_is_calibrated_and_pays_on_other_text(
         report.chosen.candidate.neighbors,
     )
     assert {g.gate: g.calibration for g in pack.gates} == report.chosen.candidate.calibration
+    assert pack.calibrated
+    assert report.controls.retrieval.high < 0
+    assert report.controls.constant.mean + report.controls.retrieval.mean == pytest.approx(
+        report.chosen.domain.mean
+    )
+    assert report.switch is not None
+    assert report.latency is not None
     said = pack.provenance["calibration"]
     assert said["chosen"] == report.chosen.candidate.name
     assert said["domain"]["cross_fitted_high"] == report.domain.high
@@ -160,6 +169,55 @@ def test_a_shuffled_memory_is_refused_and_unchanged(
     assert content(path) == before
 
 
+def test_a_constant_correction_is_no_memory(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = tmp_path / "pack"
+    gates = {}
+    for gate in learned.gates:
+        found = learned.read(gate)
+        mean = found.residuals.astype(np.float32).mean(axis=0, keepdims=True)
+        same = np.repeat(mean, gate.entries, axis=0).astype(found.residuals.dtype)
+        gates[gate.gate] = replace(found, residuals=same)
+    write_pack(
+        path, model=learned.model, gates=gates, variant="residual", neighbors=4,
+        similarity="cosine", calibration=preset("residual", weighting="softmax"), origins=None,
+        provenance={},
+    )  # fmt: skip
+    before = content(path)
+    with pytest.raises(VerificationError, match=r"adds nothing|not make the domain's text"):
+        run(tiny_bundle, path, texts, ways=SMALL[:2], max_general_loss=10.0)
+    assert content(path) == before
+
+
+def test_a_refusal_says_how_much_reference_text_might_do(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = copied(learned, tmp_path / "pack", shuffled=True)
+    with pytest.raises(VerificationError, match=r"reference tokens would do|gains nothing with"):
+        run(tiny_bundle, path, texts, ways=SMALL[2:3], max_general_loss=10.0)
+
+
+@pytest.mark.slow
+def test_a_thorough_calibration_also_tries_each_gate_frozen_and_less_text(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = copied(learned, tmp_path / "pack")
+    reports: list[tuple[int, int]] = []
+    report = run(
+        tiny_bundle, path, texts, thorough=True, max_latency=None,
+        progress=lambda done, total: reports.append((done, total)),
+    )  # fmt: skip
+    assert len(report.tried) == len(SMALL) + len(learned.gates)
+    assert report.law is not None
+    assert report.law.tokens[-1] == learned.entries
+    assert report.law.changes[-1] < report.law.changes[0]
+    assert report.controls.shuffled is not None
+    assert report.controls.shuffled.mean > report.chosen.domain.mean
+    assert report.latency is None
+    assert reports[-1][0] == reports[-1][1]
+
+
 def test_a_memory_that_general_text_pays_for_is_refused_and_unchanged(
     tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
 ) -> None:
@@ -206,5 +264,6 @@ def test_bad_input_is_refused(tiny_bundle: Path, learned: MemoryPack, texts: Tex
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         calibrate(tiny_bundle, learned.path, [Path("nowhere.txt")], [texts["general"]])
     for limit in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(SettingError, match="max general loss"):
-            run(tiny_bundle, learned.path, texts, max_general_loss=limit)
+        for name in ("max_general_loss", "max_switch_loss", "max_latency"):
+            with pytest.raises(SettingError, match=name.replace("_", " ")):
+                run(tiny_bundle, learned.path, texts, **{name: limit})

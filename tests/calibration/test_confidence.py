@@ -8,16 +8,18 @@ import pytest
 from knnmoe.calibration.confidence import (
     FOLDS,
     GRID,
+    THOROUGH,
+    Limits,
     Measured,
-    Separation,
     Way,
     candidate,
     choose,
     cross_fitted,
+    interval_of,
     separations,
+    usable,
 )
 from knnmoe.calibration.evidence import Evidence
-from knnmoe.runtime.blend import sequence_gate
 from knnmoe.runtime.calibration import Calibration, preset
 from knnmoe.runtime.memory import MemoryPack
 
@@ -29,66 +31,81 @@ def measured(*rows: float, sequences: int = 40, noise: float = 0.0, seed: int = 
     return Measured(deltas, np.full(sequences, 100), np.arange(sequences))
 
 
-def test_the_gate_is_fitted_between_the_two_texts() -> None:
-    found = Separation(domain=0.9, general=0.7)
-    assert (found.midpoint, found.sharpness) == (pytest.approx(0.8), pytest.approx(10))
-    numbers = Calibration(midpoint=found.midpoint, sharpness=found.sharpness, sequence=1)
-    opened = {}
-    for name, evidence in (("domain", 0.9), ("general", 0.7)):
-        gate, _ = sequence_gate(np.full(9, evidence), np.zeros((1, 2)), np.array([9]), numbers)
-        opened[name] = gate[-1]
-    # After nine tokens the growth is three: σ(±3).
-    assert opened["domain"] == pytest.approx(1 / (1 + np.exp(-3)))
-    assert opened["general"] == pytest.approx(1 - opened["domain"])
+def evidence(*gates: float, background: float = 0.0, seed: int = 0) -> Evidence:
+    """Gates 0 and 2 whose neighbours have these similarities, some of them of background text."""
+    rng = np.random.default_rng(seed)
+    rows = {
+        gate: [np.clip(rng.normal(mean, 0.05, (20, 4)), 0, 1).astype(np.float32) for _ in range(9)]
+        for gate, mean in zip((0, 2), gates, strict=True)
+    }
+    known = rng.random((20, 4)) >= background
+    return Evidence(rows, {gate: [row * known for row in some] for gate, some in rows.items()})
 
 
-def test_evidence_the_wrong_way_round_gives_no_gate() -> None:
-    assert Separation(domain=0.7, general=0.9).sharpness == 0
-    assert Separation(domain=0.8, general=0.8).sharpness == 0
-
-
-def test_evidence_is_a_mean_over_tokens_then_over_sequences(pack: MemoryPack) -> None:
+def test_evidence_of_tokens_is_a_mean_over_neighbours() -> None:
     near = np.array([[0.9, 0.5], [0.7, 0.1]], np.float32)
-    long = np.full((5, 2), 0.3, np.float32)
-    domain = Evidence({0: [near, long], 2: [near, near]})
-    general = Evidence({0: [long, long], 2: [long, long]})
-    np.testing.assert_allclose(domain.sequence_means(0, 1), [0.8, 0.3])
-    np.testing.assert_allclose(domain.sequence_means(0, 2), [0.55, 0.3], rtol=1e-6)
-    found = separations(pack, domain, general, 1)
-    assert list(found) == [0, 2]
-    assert (found[0].domain, found[0].general) == (pytest.approx(0.55), pytest.approx(0.3))
+    found = Evidence({0: [near]}, {0: [near * [1, 0]]})
+    np.testing.assert_allclose(found.tokens(0, 1, "all"), [[0.9, 0.7]], rtol=1e-6)
+    np.testing.assert_allclose(found.tokens(0, 2, "all"), [[0.7, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(found.tokens(0, 2, "reference"), [[0.45, 0.35]], rtol=1e-6)
 
 
-SEPARATIONS = {4: {0: Separation(0.9, 0.5), 2: Separation(0.4, 0.6)}}
+NEAR, FAR = evidence(0.9, 0.4), evidence(0.6, 0.6, seed=1)
 
 
 @pytest.mark.parametrize("variant", ["residual", "logits"])
 @pytest.mark.parametrize("gate", ["sequence", "token", "none"])
 def test_a_way_keeps_what_it_does_not_vary(pack: MemoryPack, variant: Any, gate: Any) -> None:
-    found = candidate(pack, Way(variant, 4, 0.5, gate), SEPARATIONS).applied(pack)
+    way = Way(variant, 4, 0.5, gate, 0.9)
+    found = candidate(pack, way, NEAR, FAR, background=False).applied(pack)
     assert (found.variant, found.neighbors, found.similarity) == (variant, 4, pack.similarity)
+    assert found.evidence == "all"
     for stated in found.gates:
         numbers = stated.calibration
         assert (numbers.weight_power, numbers.inverse_temperature, numbers.gamma) == (0, 10, 0.25)
         assert (numbers.interpolate, numbers.scale) == (variant == "logits", 0.5)
+        assert numbers.decay == 0.9
 
 
 def test_ways_differ_in_what_their_gate_looks_at(pack: MemoryPack) -> None:
     def numbers(gate: Any) -> dict[int, Calibration]:
-        return dict(candidate(pack, Way("residual", 4, 1.0, gate), SEPARATIONS).calibration)
+        way = Way("residual", 4, 1.0, gate, 0.9)
+        return dict(candidate(pack, way, NEAR, FAR, background=False).calibration)
 
     sequence, token, none = numbers("sequence"), numbers("token"), numbers("none")
-    assert (sequence[0].midpoint, sequence[0].sharpness) == (pytest.approx(0.7), pytest.approx(5))
+    assert 0.6 < sequence[0].midpoint < 0.9
     assert (sequence[0].sequence, token[0].sequence) == (1, 0)
-    assert token[0].sharpness > sequence[0].sharpness
     assert (none[0].sharpness, none[0].power, sequence[0].power) == (0, 2, 1)
-    # Gate 2 does not tell the texts apart.
+    # Of gate 2 the evidence is the wrong way round: it is not asked.
     assert sequence[2].sharpness == token[2].sharpness == 0
 
 
-def test_the_grid_names_its_ways() -> None:
-    assert len({way.name for way in GRID}) == len(GRID)
-    assert {way.variant for way in GRID} == {"residual", "logits"}
+def test_evidence_of_background_entries_is_counted_only_where_a_way_says_so(
+    pack: MemoryPack,
+) -> None:
+    mixed = evidence(0.9, 0.9, background=0.9)
+    for chosen in ("all", "reference"):
+        way = Way("residual", 4, 1.0, "sequence", 0.9, chosen)
+        found = candidate(pack, way, NEAR, mixed, background=True)
+        assert found.evidence == found.applied(pack).evidence == chosen
+        separated = separations(pack, NEAR, mixed, found)[0]
+        assert (separated.domain - separated.general > 0.5) == (chosen == "reference")
+
+
+def test_a_gate_can_be_left_to_the_frozen_router(pack: MemoryPack) -> None:
+    way = Way("residual", 4, 1.0, "none")
+    found = candidate(pack, way, NEAR, FAR, background=False).without(2)
+    assert [gate.used for gate in found.applied(pack).gates] == [True, False]
+    assert "gate 2 frozen" in found.name
+
+
+def test_the_grids_name_their_ways() -> None:
+    for grid in (GRID, THOROUGH):
+        assert len({way.name for way in grid}) == len(grid)
+        assert {way.variant for way in grid} == {"residual", "logits"}
+    without = usable(THOROUGH, background=False)
+    assert len(without) == len(THOROUGH) - 2
+    assert usable(THOROUGH, background=True) == list(THOROUGH)
 
 
 @pytest.fixture
@@ -102,46 +119,75 @@ def pack(tiny_pack: object) -> MemoryPack:
     return opened.with_settings(calibration=numbers)
 
 
+def pair(domain: Measured, general: Measured) -> dict[str, Measured]:
+    return {"domain": domain, "general": general}
+
+
+LIMITS = Limits(general=0.002, switch=5.0)
+
+
 def test_the_best_gain_within_the_limit_is_chosen() -> None:
-    domain, general = measured(-0.01, -0.05, -0.09), measured(0.0, 0.001, 0.004)
-    assert choose(domain, general, 0.002) == 1
-    assert choose(domain, general, 0.01) == 2
-    assert choose(domain, measured(0.01, 0.01, 0.01), 0.002) is None
+    texts = pair(measured(-0.01, -0.05, -0.09), measured(0.0, 0.001, 0.004))
+    assert choose(texts, LIMITS) == 1
+    assert choose(texts, Limits(general=0.01)) == 2
+    assert choose(pair(texts["domain"], measured(0.01, 0.01, 0.01)), LIMITS) is None
+
+
+def test_what_lets_go_too_late_is_not_chosen() -> None:
+    texts = pair(measured(-0.01, -0.05, -0.09), measured(0.0, 0.001, 0.001))
+    switch = measured(0.1, 2.0, 21.0)
+    assert choose(texts | {"switch": switch}, LIMITS) == 1
+    assert choose(texts | {"switch": switch}, Limits(switch=30)) == 2
+    assert choose(texts | {"switch": switch}, Limits(switch=0.0)) is None
 
 
 def test_the_upper_end_counts_and_not_the_mean() -> None:
-    domain = measured(-0.01, -0.09)
     general = Measured(
         np.stack([np.full(40, 0.0005), np.tile([-0.02, 0.02], 20)]),
         np.full(40, 100),
         np.arange(40),
     )
     assert general.deltas[1].mean() == 0
-    assert choose(domain, general, 0.002) == 0
+    assert choose(pair(measured(-0.01, -0.09), general), LIMITS) == 0
+
+
+def test_sequences_of_one_document_are_no_independent_witnesses() -> None:
+    rng = np.random.default_rng(0)
+    tokens = np.full(80, 100)
+    documents = np.repeat(np.arange(10), 8)
+    deltas = rng.normal(0, 0.05, 10)[documents] + rng.normal(0, 0.001, 80)
+    whole = interval_of(deltas, tokens, documents)
+    apart = interval_of(deltas, tokens, np.arange(80))
+    assert whole.high - whole.low > 2 * (apart.high - apart.low)
+    text = Measured(deltas[None], tokens, documents)
+    assert text.drawn == "documents"
+    few = Measured(deltas[None], tokens, np.zeros(80, int))
+    assert few.drawn == "sequences"
+    assert few.interval(0) == apart
 
 
 def test_choosing_among_noise_does_not_flatter_itself() -> None:
     rng = np.random.default_rng(0)
     tokens, documents = np.full(40, 100), np.arange(40)
     domain = Measured(rng.normal(0, 0.05, (60, 40)), tokens, documents)
-    general = Measured(np.zeros((60, 40)), tokens, documents)
-    best = choose(domain, general, 0.002)
+    texts = pair(domain, Measured(np.zeros((60, 40)), tokens, documents))
+    best = choose(texts, LIMITS)
     assert best is not None
     assert domain.interval(best).high < 0  # looks like a sure gain
-    assert cross_fitted(domain, general, 0.002)[0].high > 0  # and is none
+    assert cross_fitted(texts, LIMITS)["domain"].high > 0  # and is none
 
 
 def test_a_real_gain_is_proven_and_general_text_measured_with_it() -> None:
     domain, general = measured(-0.01, -0.05, noise=0.02), measured(0.0, 0.001, noise=0.001)
-    proven, spared = cross_fitted(domain, general, 0.002)
-    assert proven.high < 0
-    assert proven.mean == pytest.approx(domain.deltas[1].mean())
-    assert spared.mean == pytest.approx(general.deltas[1].mean())
+    proven = cross_fitted(pair(domain, general), LIMITS)
+    assert proven["domain"].high < 0
+    assert proven["domain"].mean == pytest.approx(domain.deltas[1].mean())
+    assert proven["general"].mean == pytest.approx(general.deltas[1].mean())
 
 
 def test_where_nothing_is_allowed_nothing_changes() -> None:
-    proven, spared = cross_fitted(measured(-0.1), measured(0.1), 0.002)
-    assert (proven.mean, spared.mean) == (0, 0)
+    proven = cross_fitted(pair(measured(-0.1), measured(0.1)), LIMITS)
+    assert (proven["domain"].mean, proven["general"].mean) == (0, 0)
 
 
 def test_a_document_is_in_one_fold_only() -> None:

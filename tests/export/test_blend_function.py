@@ -18,9 +18,9 @@ from knnmoe.runtime.bundle import TensorSpec
 D, E = 12, 5
 NAMES = (
     "interpolate", "weight_power", "inverse_temperature", "mean", "scale", "power", "midpoint",
-    "sharpness", "cap", "sequence", "gamma",
+    "sharpness", "cap", "sequence", "gamma", "decay",
 )  # fmt: skip
-PAPER = dict(zip(NAMES, (1, 1, 0, 1, 1, 1, 0, 0, 12, 0, 1), strict=True))
+PAPER = dict(zip(NAMES, (1, 1, 0, 1, 1, 1, 0, 0, 12, 0, 1, 1), strict=True))
 RECIPE = PAPER | {
     "interpolate": 0, "weight_power": 0, "inverse_temperature": 20, "scale": 0.7, "power": 2,
     "midpoint": 0.4, "sharpness": 4, "cap": 3, "sequence": 1,
@@ -87,10 +87,11 @@ def written_out(case: dict[str, Any]) -> dict[str, Any]:
             mean = sum(w / sum(raw) * values[i] for w, i in zip(raw, found, strict=True))
         evidence = 0.0
         if found:
-            evidence = sum(s) / len(found) if c["mean"] else min(1.0, sum(s))
+            counted = [case["evidence_weights"][i] * v for i, v in zip(found, s, strict=True)]
+            evidence = sum(counted) / len(found) if c["mean"] else min(1.0, sum(counted))
         b, position = divmod(t, width)
         if position < case["lengths"][b]:
-            state[b] += (evidence, 1)
+            state[b] = c["decay"] * state[b] + (evidence, 1)
         gate = 1.0
         if c["sharpness"]:
             seen, measured = (max(state[b][1], 1), state[b][0]) if c["sequence"] else (1, evidence)
@@ -121,6 +122,7 @@ def make_case(similarity: str, numbers: dict[str, float], seed: int = 0, **chang
         "keys": keys.astype(np.float32), "key_scales": scales.astype(np.float32),
         "values": rng.normal(size=(entries, E)).astype(np.float32), "center": center,
         "n_valid": np.array([entries]), "k": np.array([4]),
+        "evidence_weights": rng.choice([0, 0.5, 1], entries).astype(np.float32),
         "state": np.abs(rng.normal(size=(batch, 2))).astype(np.float32).round(),
         "lengths": np.array([width, 2, width]),
     }  # fmt: skip

@@ -88,8 +88,8 @@ def test_inputs_and_outputs_are_those_of_the_contract(checkpoint, tmp_path):
     assert of(last.outputs) == {"logits": ("float32", ("rows", 272))}
     gate = bundle.manifest.gates["cosine"]
     assert [spec.name for spec in gate.inputs] == [
-        "router_input", "router_logits", "keys", "key_scales", "values", "n_valid", "k", "center",
-        "calibration", "state", "lengths",
+        "router_input", "router_logits", "keys", "key_scales", "values", "evidence_weights",
+        "n_valid", "k", "center", "calibration", "state", "lengths",
     ]  # fmt: skip
     assert [spec.name for spec in gate.outputs] == [
         "expert_ids", "expert_weights", "state_out", "confidence", "neighbors", "similarities",

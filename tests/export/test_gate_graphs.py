@@ -38,13 +38,14 @@ def logits(seed: int = 0) -> np.ndarray:
 
 def memory(values: np.ndarray, scale: float) -> dict[str, np.ndarray]:
     """One entry that is everybody's neighbour, with similarity 1 to the inputs of `route`."""
-    calibration = np.zeros(11, np.float32)
+    calibration = np.zeros(12, np.float32)
     calibration[[0, 1, 3, 4, 5]] = (1, 1, 1, scale, 1)
     keys = np.zeros((1, D), np.float32)
     keys[0, 0] = 1
     return {
         "keys": keys, "key_scales": np.ones((1, 2), np.float32),
-        "values": values[None].astype(np.float32), "n_valid": np.array([1]), "k": np.array([3]),
+        "values": values[None].astype(np.float32),
+        "evidence_weights": np.ones(1, np.float32), "n_valid": np.array([1]), "k": np.array([3]),
         "center": np.zeros(D, np.float32), "calibration": calibration,
         "state": np.zeros((1, 2), np.float32), "lengths": np.array([T]),
     }  # fmt: skip

@@ -179,6 +179,7 @@ def random_memory(shape, seed: int, **numbers: float) -> list[dict[str, np.ndarr
         memory.append({
             "keys": keys, "key_scales": np.ones((40, 2), np.float32),
             "values": rng.normal(size=(40, shape.num_experts)).astype(np.float32),
+            "evidence_weights": np.ones(40, np.float32),
             "n_valid": np.array([30]), "k": np.array([4]),
             "center": np.zeros(shape.hidden_size, np.float32),
             "calibration": replace(Calibration(), **numbers).vector(),

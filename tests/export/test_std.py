@@ -171,6 +171,7 @@ def memories(bundle: Bundle) -> Arrays:
             "keys": keys / np.linalg.norm(keys, axis=1, keepdims=True),
             "key_scales": np.ones((40, 2), np.float32),
             "values": rng.normal(size=(40, shape.num_experts)).astype(np.float32),
+            "evidence_weights": np.ones(40, np.float32),
             "n_valid": np.array([30]), "k": np.array([4]),
             "center": np.zeros(shape.hidden_size, np.float32), "calibration": numbers.vector(),
         }  # fmt: skip

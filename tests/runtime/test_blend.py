@@ -28,7 +28,7 @@ RULE = RoutingRule(TOP_K)
 TOLERANCE = 1e-5
 
 
-def by_hand(x: Any, r: Any, memory: GateMemory, sums: float, seen: int) -> tuple[Any, float]:
+def by_hand(x: Any, r: Any, memory: GateMemory, sums: float, seen: float) -> tuple[Any, float]:
     """docs/method.md for one token, in plain Python floats."""
     c = memory.calibration
     q = [float(a) - float(b) for a, b in zip(x, memory.center, strict=True)]
@@ -51,8 +51,10 @@ def by_hand(x: Any, r: Any, memory: GateMemory, sums: float, seen: int) -> tuple
     value = sum(
         (w * memory.values[i].astype(float) for w, i in zip(weights, order, strict=True)), 0 * r
     )
-    mean = (sum(s) / len(s) if c.mean else min(1.0, sum(s))) if s else 0.0
-    evidence, tokens = ((sums + mean) / (seen + 1), seen + 1) if c.sequence else (mean, 1)
+    counted = [si * float(memory.entry_evidence()[i]) for si, i in zip(s, order, strict=True)]
+    mean = (sum(counted) / len(s) if c.mean else min(1.0, sum(counted))) if s else 0.0
+    tokens = c.decay * seen + 1 if c.sequence else 1
+    evidence = (c.decay * sums + mean) / tokens if c.sequence else mean
     gate = 1.0
     if c.sharpness:
         z = min(math.sqrt(tokens), c.cap) * c.sharpness * (evidence - c.midpoint)
@@ -65,8 +67,9 @@ def by_hand(x: Any, r: Any, memory: GateMemory, sums: float, seen: int) -> tuple
 @pytest.mark.parametrize("seed", range(6))
 def test_the_reference_is_the_equations(similarity: Any, seed: int) -> None:
     memory = random_memory(
-        seed, n_valid=40, similarity=similarity, calibration=random_calibration(seed)
-    )
+        seed, n_valid=40, similarity=similarity, weighted=True,
+        calibration=random_calibration(seed),
+    )  # fmt: skip
     rng = np.random.default_rng(seed)
     x, r = rng.normal(size=(6, HIDDEN)), rng.normal(size=(6, EXPERTS))
     state = np.array([[2.5, 4.0], [0.0, 0.0]])
@@ -76,10 +79,11 @@ def test_the_reference_is_the_equations(similarity: Any, seed: int) -> None:
         for position in range(3):
             t = 3 * sequence + position
             real = position < [3, 2][sequence]
-            expected, mean = by_hand(x[t], r[t], memory, sums, int(seen))
+            expected, mean = by_hand(x[t], r[t], memory, sums, seen)
             if real:
                 np.testing.assert_allclose(got.rows[t], expected, rtol=1e-9, atol=1e-9)
-                sums, seen = sums + mean, seen + 1
+                decay = memory.calibration.decay
+                sums, seen = decay * sums + mean, decay * seen + 1
         np.testing.assert_allclose(got.state[sequence], [sums, seen], rtol=1e-9)
 
 
@@ -304,9 +308,62 @@ def test_no_finite_input_gives_anything_but_finite_output(
         np.testing.assert_allclose(got.rows, far.rows, atol=1e-4)
 
 
-def test_one_long_call_and_many_short_ones_gather_the_same_evidence(engines: Any) -> None:
-    numbers = Calibration(midpoint=0.4, sharpness=4.0, sequence=1.0)
-    memory = random_memory(8, calibration=numbers)
+def test_without_decay_the_state_is_to_the_bit_the_running_sum(engines: Any) -> None:
+    memory = random_memory(8, calibration=Calibration(sequence=1.0, sharpness=4.0))
+    rng = np.random.default_rng(2)
+    x, r = rng.normal(size=(9, HIDDEN)), rng.normal(size=(9, EXPERTS))
+    state = np.array([[1.37, 3.0]], np.float32)
+    for backend in ("numpy", "onnx", "faiss"):
+        got = blend(backend, memory, x, r, state, np.array([7]), engines)
+        evidence = np.float32(got.similarities).sum(axis=1) / np.float32(memory.k)
+        running = state[0, 0] + np.cumsum(evidence[:7], dtype=np.float32)[-1]
+        assert got.state.tolist() == [[running, 10.0]]
+
+
+def test_a_decaying_state_forgets_the_subject_it_left(engines: Any) -> None:
+    numbers = Calibration(sequence=1.0, sharpness=8.0, midpoint=0.8)
+    memory = random_memory(8, k=1, calibration=numbers)
+    near = np.tile(memory.keys[0] + memory.center, (30, 1))
+    x = np.concatenate([near, -memory.keys[0] + memory.center + np.zeros((10, HIDDEN))])
+    r, lengths, confidence = np.zeros((40, EXPERTS)), np.array([40]), {}
+    for decay in (1.0, 0.8):
+        changed = replace(memory, calibration=replace(memory.calibration, decay=decay))
+        for backend in ("numpy", "onnx", "faiss"):
+            got = blend(backend, changed, x, r, np.zeros((1, 2)), lengths, engines)
+            confidence[decay, backend] = got.confidence[-1]
+            assert got.confidence[29] > 0.9
+    for backend in ("numpy", "onnx", "faiss"):
+        assert confidence[0.8, backend] < 0.2 * confidence[1.0, backend]
+
+
+def test_entries_without_evidence_are_blended_but_raise_no_confidence(engines: Any) -> None:
+    memory = random_memory(8, k=2, entries=2, calibration=Calibration(power=1.0))
+    half = replace(memory, evidence_weights=np.array([1, 0], np.float32))
+    x, r = memory.keys + memory.center, np.zeros((2, EXPERTS))
+    for backend in ("numpy", "onnx", "faiss"):
+        all_, some = (
+            blend(backend, one, x, r, np.zeros((2, 2)), np.array([1, 1]), engines)
+            for one in (memory, half)
+        )
+        np.testing.assert_array_equal(some.similarities, all_.similarities)
+        first = some.neighbors == 0
+        np.testing.assert_allclose(
+            some.confidence, (some.similarities * first).sum(axis=1) / 2, atol=TOLERANCE
+        )
+        # The direction is that of all neighbours, its length the confidence.
+        for t in range(2):
+            np.testing.assert_allclose(
+                some.rows[t] * all_.confidence[t], all_.rows[t] * some.confidence[t],
+                atol=TOLERANCE,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_one_long_call_and_many_short_ones_gather_the_same_evidence(
+    engines: Any, decay: float
+) -> None:
+    numbers = Calibration(midpoint=0.4, sharpness=4.0, sequence=1.0, decay=decay)
+    memory = random_memory(8, calibration=numbers, weighted=True)
     rng = np.random.default_rng(2)
     x, r = rng.normal(size=(2, 9, HIDDEN)), rng.normal(size=(2, 9, EXPERTS))
     for backend in ("numpy", "onnx", "faiss"):
@@ -322,11 +379,26 @@ def test_one_long_call_and_many_short_ones_gather_the_same_evidence(engines: Any
                 step.rows, whole.rows.reshape(2, 9, -1)[:, t], atol=TOLERANCE
             )
         np.testing.assert_allclose(state, whole.state, atol=TOLERANCE)
-        assert state[:, 1].tolist() == [9, 9]
+        np.testing.assert_allclose(state[:, 1], sum(decay**t for t in range(9)), rtol=1e-6)
+        pieces = np.zeros((2, 2))
+        for start, end in ((0, 4), (4, 9)):  # padded to six, as chunks of a prompt are
+            rows = np.zeros((2, 6, HIDDEN)), np.zeros((2, 6, EXPERTS))
+            for padded, source in zip(rows, (x, r), strict=True):
+                padded[:, : end - start] = source[:, start:end]
+            lengths = np.array([end - start] * 2)
+            got = blend(backend, memory, rows[0].reshape(12, -1), rows[1].reshape(12, -1),
+                        pieces, lengths, engines)  # fmt: skip
+            pieces = got.state
+            np.testing.assert_allclose(
+                got.rows.reshape(2, 6, -1)[:, : end - start],
+                whole.rows.reshape(2, 9, -1)[:, start:end], atol=TOLERANCE,
+            )  # fmt: skip
+        np.testing.assert_allclose(pieces, whole.state, atol=TOLERANCE)
 
 
 def test_padding_leaves_no_trace_in_the_state(engines: Any) -> None:
-    memory = random_memory(9, calibration=Calibration(sharpness=4.0, sequence=1.0))
+    numbers = Calibration(sharpness=4.0, sequence=1.0, decay=0.8)
+    memory = random_memory(9, calibration=numbers)
     rng = np.random.default_rng(3)
     x, r = rng.normal(size=(5, HIDDEN)), rng.normal(size=(5, EXPERTS))
     for backend in ("numpy", "onnx", "faiss"):
@@ -334,6 +406,8 @@ def test_padding_leaves_no_trace_in_the_state(engines: Any) -> None:
         padded = blend(backend, memory, x, r, np.zeros((1, 2)), np.array([3]), engines)
         np.testing.assert_allclose(padded.rows[:3], short.rows, atol=TOLERANCE)
         np.testing.assert_allclose(padded.state, short.state, atol=TOLERANCE)
+        nothing = blend(backend, memory, x, r, short.state, np.array([0]), engines)
+        np.testing.assert_allclose(nothing.state, short.state, atol=TOLERANCE)
 
 
 # --- whole gates -------------------------------------------------------------------------------

@@ -270,3 +270,81 @@ def test_settings_out_of_range_are_refused(
         Model.load(tiny_bundle, memory=tiny_pack, **settings)
     assert isinstance(caught.value, KnnMoeError)
     assert next(iter(settings)) in str(caught.value)
+
+
+def test_a_pack_of_the_older_schema_is_used_as_it_was(pack: Path) -> None:
+    new = MemoryPack.open(pack)
+
+    def older(manifest: dict[str, Any]) -> None:
+        manifest["schema"] = "knnmoe.memory/1"
+        del manifest["evidence"], manifest["calibrated"]
+        for gate in manifest["gates"]:
+            del gate["calibration"]["decay"]
+
+    edit(pack, older)
+    old = MemoryPack.open(pack)
+    assert (old.evidence, old.calibrated) == ("all", False)
+    assert [gate.calibration for gate in old.gates] == [gate.calibration for gate in new.gates]
+    assert old.gates[0].calibration.decay == 1
+    written = rewrite_settings(old.with_settings(calibrated=True), old.provenance)
+    assert json.loads((pack / "memory.json").read_text())["schema"] == "knnmoe.memory/2"
+    assert written.calibrated
+    edit(pack, lambda manifest: manifest.pop("calibrated"))
+    with pytest.raises(MemoryPackError, match="calibrated: missing"):
+        MemoryPack.open(pack)
+
+
+def test_entries_of_background_text_can_be_no_evidence(pack: Path) -> None:
+    opened, rule = MemoryPack.open(pack), RULE
+    origins = opened.read_origins()
+    assert origins is not None
+    origins.documents[::3] = -1 - origins.documents[::3]
+    gates = {gate.gate: opened.read(gate) for gate in opened.gates}
+    written = write_pack(
+        pack.parent / "background", model=opened.model, gates=gates, variant="residual",
+        neighbors=4, similarity="cosine", calibration=Calibration(interpolate=0.0),
+        origins=origins, provenance={}, evidence="reference",
+    )  # fmt: skip
+    memory = written.gate_memory(written.gates[0], rule)
+    np.testing.assert_array_equal(memory.evidence_weights, origins.documents >= 0)
+    everyone = written.with_settings(evidence="all")
+    assert everyone.gate_memory(written.gates[0], rule).evidence_weights is None
+    with pytest.raises(SettingError, match="evidence"):
+        written.with_settings(evidence="none")
+    edit(written.path, lambda manifest: manifest.update(entries=None))
+    silent = MemoryPack.open(written.path)
+    with pytest.raises(MemoryPackError, match="does not say which they are"):
+        silent.gate_memory(silent.gates[0], rule)
+
+
+def test_a_pack_that_replaces_logits_uncalibrated_serves_only_if_asked(
+    pack: Path, tiny_bundle: Path
+) -> None:
+    def interpolating(manifest: dict[str, Any]) -> None:
+        manifest["variant"] = "logits"
+        for gate in manifest["gates"]:
+            gate["calibration"]["interpolate"] = 1.0
+
+    edit(pack, interpolating)
+    with pytest.raises(MemoryPackError, match=r"is not calibrated.*--variant residual"):
+        Model.load(tiny_bundle, memory=pack)
+    model = Model.load(tiny_bundle, memory=pack, variant="logits")
+    before = model.memory
+    with pytest.raises(MemoryPackError, match="is not calibrated"):
+        model.swap_memory(pack)
+    assert model.memory is before
+    edit(pack, lambda manifest: manifest.update(calibrated=True))
+    model.swap_memory(pack)
+
+
+def test_a_gate_that_is_not_used_routes_by_the_frozen_router(pack: Path, tiny_bundle: Path) -> None:
+    opened = MemoryPack.open(pack)
+    gate = opened.gates[1].gate
+    written = rewrite_settings(opened.with_settings(unused={gate}), opened.provenance)
+    assert [one.gate for one in written.gates if not one.used] == [gate]
+    model = Model.load(tiny_bundle, memory=pack)
+    records = model.routing_trace([1, 2, 3, 4]).gates
+    assert records[gate].trace.confidence.max() == 0
+    assert records[opened.gates[0].gate].trace.confidence.max() > 0
+    again = rewrite_settings(written.with_settings(unused=()), opened.provenance)
+    assert all(one.used for one in again.gates)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from knnmoe.runtime.errors import SettingError
-from knnmoe.runtime.statistics import paired_bootstrap
+from knnmoe.runtime.statistics import drawn_units, paired_bootstrap
 
 
 def test_the_mean_is_weighted_by_tokens() -> None:
@@ -66,3 +66,24 @@ def test_one_sequence_says_nothing_about_others() -> None:
 def test_what_cannot_be_resampled_is_refused(deltas: Any, tokens: Any, samples: int) -> None:
     with pytest.raises(SettingError):
         paired_bootstrap(deltas, tokens, samples=samples)
+
+
+def test_documents_are_drawn_whole_where_there_are_enough() -> None:
+    units, kind = drawn_units([5, 5, 1, 1, 1, 2, 3, 4, 6, 7, 8])
+    assert kind == "documents"
+    assert len(set(units.tolist())) == 8
+    assert units[0] == units[1] != units[2]
+    units, kind = drawn_units([5, 5, 1, 1, 1])
+    assert (units.tolist(), kind) == ([0, 1, 2, 3, 4], "sequences")
+
+
+def test_drawing_units_is_drawing_their_sums() -> None:
+    rng = np.random.default_rng(0)
+    deltas, tokens = rng.normal(size=12), rng.integers(1, 9, 12)
+    units = np.repeat(np.arange(4), 3)
+    sums = (deltas * tokens).reshape(4, 3).sum(axis=1)
+    together = tokens.reshape(4, 3).sum(axis=1)
+    got = paired_bootstrap(deltas, tokens, units=units)
+    np.testing.assert_allclose(got, paired_bootstrap(sums / together, together), rtol=1e-12)
+    with pytest.raises(SettingError, match="units do not match"):
+        paired_bootstrap(deltas, tokens, units=[0, 1])

@@ -56,6 +56,7 @@ def random_case(
         similarity="rbf" if rng.integers(2) and hidden <= 40 else "cosine",
         duplicates=bool(rng.integers(2)),
         calibration=random_calibration(seed),
+        weighted=bool(seed % 2),
     )
     memory = replace(memory, **fixed)
     batch = int(rng.integers(1, 5))
@@ -95,8 +96,10 @@ def in_two_stages(stored: Stored, candidates: int) -> Stored:
 def spoil_capacity(stored: Stored) -> None:
     """Put NaN wherever no valid entry is."""
     scan_scales = [stored.scan.scales] if stored.scan else []
+    evidence = stored.memory.evidence_weights
     for array in (
-        stored.keys, stored.key_scales, stored.values, stored.memory.values, *scan_scales
+        stored.keys, stored.key_scales, stored.values, stored.memory.values, *scan_scales,
+        *([] if evidence is None else [evidence]),
     ):  # fmt: skip
         if array.dtype != np.int8:
             array[stored.memory.n_valid :] = np.nan

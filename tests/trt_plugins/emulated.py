@@ -216,7 +216,7 @@ def blend(
         "x": x.astype(np.float32), "r": r, "keys": keys, "key_scales": key_scales,
         "scan_keys": keys if scan is None else aligned(scan.keys),
         "scan_scales": key_scales if scan is None else scan.scales,
-        "values": aligned(stored.values),
+        "values": aligned(stored.values), "evidence_weights": memory.entry_evidence(),
         "n_valid": np.array([memory.n_valid], np.int64), "k": np.array([memory.k], np.int64),
         "center": memory.center, "calibration": memory.calibration.vector(), "state": state,
         "lengths": lengths.astype(np.int64),

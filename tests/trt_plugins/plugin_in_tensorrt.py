@@ -34,8 +34,9 @@ def inputs(keys: int = FLOAT, values: int = FLOAT) -> list[Spec]:
     return [
         ("x", FLOAT, ("tokens", HIDDEN)), ("r", FLOAT, ("tokens", EXPERTS)),
         ("keys", keys, ("entries", HIDDEN)), ("key_scales", FLOAT, ("entries", 2)),
-        ("values", values, ("entries", EXPERTS)), ("n_valid", INT64, (1,)), ("k", INT64, (1,)),
-        ("center", FLOAT, (HIDDEN,)), ("calibration", FLOAT, (11,)), ("state", FLOAT, ("batch", 2)),
+        ("values", values, ("entries", EXPERTS)), ("evidence_weights", FLOAT, ("entries",)),
+        ("n_valid", INT64, (1,)), ("k", INT64, (1,)),
+        ("center", FLOAT, (HIDDEN,)), ("calibration", FLOAT, (12,)), ("state", FLOAT, ("batch", 2)),
         ("lengths", INT64, ("batch",)),
     ]  # fmt: skip
 

@@ -43,7 +43,8 @@ def hosts(case: Case, most: int = 64) -> tuple[list[Any], list[Any]]:
     f32, i64 = np.float32, np.int64
     inputs = [
         case.x.astype(f32), case.r.astype(f32), stored.keys, stored.key_scales.astype(f32),
-        stored.values, np.array([memory.n_valid], i64), np.array([memory.k], i64), memory.center,
+        stored.values, memory.entry_evidence(), np.array([memory.n_valid], i64),
+        np.array([memory.k], i64), memory.center,
         memory.calibration.vector(), case.state.astype(f32), case.lengths.astype(i64),
     ]  # fmt: skip
     if stored.scan:
@@ -120,8 +121,9 @@ def test_what_the_plugin_says_is_in_the_error(harness: Path, emulated: Path) -> 
     driven = PluginHarness(emulated, fields={"similarity": "rbf"}, harness=harness)
     inputs, outputs = hosts(random_case(0, key_type="f16"))
     for position, wrong, said in (
-        (8, np.zeros(7, np.float32), "calibration must have size 11, has 7"),
-        (7, np.zeros(3, np.float32), "center and x disagree"),
+        (9, np.zeros(7, np.float32), "calibration must have size 12, has 7"),
+        (8, np.zeros(3, np.float32), "center and x disagree"),
+        (5, np.zeros(3, np.float32), "evidence_weights and keys disagree"),
         (6, np.zeros(1, np.int32), "input 6 has a type that the plugin does not take"),
     ):
         changed = [*inputs]
@@ -197,8 +199,8 @@ def test_the_shipped_library_is_driven_as_far_as_a_machine_without_a_driver_goes
     assert driven.serialized()["similarity"] == "rbf"
     inputs, outputs = hosts(case)
     assert driven.workspace_bytes(inputs, outputs) > 0
-    with pytest.raises(BackendError, match="calibration must have size 11, has 7"):
-        driven.workspace_bytes([*inputs[:8], np.zeros(7, np.float32), *inputs[9:]], outputs)
+    with pytest.raises(BackendError, match="calibration must have size 12, has 7"):
+        driven.workspace_bytes([*inputs[:9], np.zeros(7, np.float32), *inputs[10:]], outputs)
     # Without a driver CUDA says so, and the plugin passes it on; with one it gets further.
     said = r"knnmoe::KnnBlend: no device: |input 0: not on the device"
     with pytest.raises((BackendError, SettingError), match=said):

@@ -59,9 +59,9 @@ def test_tensorrt_takes_the_plugin_and_builds_engines_with_it(plugin: Path, tmp_
     # Which of the two TensorRT's logger writes to is its own affair.
     said = done.stdout + done.stderr
     assert 'similarity must be "cosine" or "rbf", is "dot"' in said
-    assert "calibration must have size 11, has 7" in said
+    assert "calibration must have size 12, has 7" in said
     assert "max_neighbors must be 1 to 64, is 65" in said
-    assert "takes 11 inputs, or 13 to search in two stages" in said
+    assert "takes 12 inputs, or 14 to search in two stages" in said
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_two_stages_take_no_int8_keys_and_no_other_count_of_inputs(
         enqueue(emulated_plugin, int8, 64)
     with pytest.raises(RuntimeError, match="-2"):
         enqueue(emulated_plugin, case, 64, left_out=1)
-    assert "takes 11 inputs, or 13 to search in two stages" in capfd.readouterr().err
+    assert "takes 12 inputs, or 14 to search in two stages" in capfd.readouterr().err
 
 
 def enqueue(plugin: ctypes.CDLL, case: Case, max_neighbors: int, left_out: int = 0) -> Blended:
@@ -128,7 +128,7 @@ def enqueue(plugin: ctypes.CDLL, case: Case, max_neighbors: int, left_out: int =
     columns = min(max_neighbors, len(stored.keys))
     inputs = [
         case.x, case.r, aligned(stored.keys), stored.key_scales, aligned(stored.values),
-        np.array([memory.n_valid]), np.array([memory.k]), memory.center,
+        memory.entry_evidence(), np.array([memory.n_valid]), np.array([memory.k]), memory.center,
         memory.calibration.vector(), case.state, case.lengths,
     ]  # fmt: skip
     if stored.scan:

@@ -1,6 +1,6 @@
 // From the K best entries of a token to its blended row: the second half of the method.
 //
-// Reads K rows of values (K·E elements a token, in rows of E), r, state; writes r', state',
+// Reads K rows of values (K·E elements a token, in rows of E), K evidence weights, r, state; writes r', state',
 // confidence, neighbours and similarities.
 #pragma once
 
@@ -10,7 +10,8 @@ namespace knnmoe {
 
 __device__ inline float clip01(float v) { return fminf(fmaxf(v, 0.0f), 1.0f); }
 
-// Turns the sorted list of one token into weights [n], reports the neighbours and returns s̄.
+// Turns the sorted list of one token into weights [n], reports the neighbours and returns s̄, to
+// which each counts by its entry's evidence weight.
 // By a whole warp; n = min(K, n_valid) neighbours exist. `weights` may be null.
 __device__ inline float weigh_neighbors(
     const BlendParams& p, int token, const Candidate* list, int n, float* weights) {
@@ -22,7 +23,8 @@ __device__ inline float weigh_neighbors(
         const int rank = lane_index() + kLanes * j;
         similarities[j] = rank < n ? clip01(candidate_score(list[rank])) : 0;
         best = fmaxf(best, similarities[j]);
-        evidence += similarities[j];
+        if (rank < n)
+            evidence += similarities[j] * p.evidence_weights[candidate_entry(list[rank])];
         if (rank < p.columns) {
             const long long at = static_cast<long long>(token) * p.columns + rank;
             // Where no neighbour is: the entries at and after n_valid follow, as in a full sort.
@@ -51,7 +53,8 @@ __device__ inline float weigh_neighbors(
 }
 
 // The gate g of every token of one sequence, and its state moved on by its real tokens.
-// By a whole warp, 32 tokens at a time.
+// By a whole warp, 32 tokens at a time: token t makes m of a sum m' before it, m = kept·m' + own,
+// and two such steps in a row are one, kept·kept' and kept·own' + own, so they are scanned as sums.
 __device__ inline void gate_sequence(
     const BlendParams& p, int sequence, const float* evidence, float* gate) {
     const float* c = p.calibration;
@@ -68,18 +71,28 @@ __device__ inline void gate_sequence(
     for (int base = 0; base < length; base += kLanes) {
         const int position = base + lane_index();
         const float own = position < length ? evidence[first + position] : 0;
-        float sum = position < real ? own : 0;
+        // Padding adds nothing and takes nothing.
+        float sum = position < real ? own : 0, tokens = position < real ? 1 : 0;
+        float kept = position < real ? c[kDecay] : 1;
         for (int offset = 1; offset < kLanes; offset *= 2) {
-            const float before = __shfl_up_sync(kEveryLane, sum, offset);
-            if (lane_index() >= offset) sum += before;
+            const float earlier_sum = __shfl_up_sync(kEveryLane, sum, offset);
+            const float earlier_tokens = __shfl_up_sync(kEveryLane, tokens, offset);
+            const float earlier_kept = __shfl_up_sync(kEveryLane, kept, offset);
+            if (lane_index() >= offset) {
+                sum += kept * earlier_sum;
+                tokens += kept * earlier_tokens;
+                kept *= earlier_kept;
+            }
         }
-        sum += sum_before;
+        sum += kept * sum_before;
+        tokens += kept * tokens_before;
         sum_before = __shfl_sync(kEveryLane, sum, kLanes - 1);
+        tokens_before = __shfl_sync(kEveryLane, tokens, kLanes - 1);
         if (position >= length) continue;
         float measured = own, seen = 1;
         if (c[kSequence] != 0) {
             // A row of padding before any real token has seen none: it divides by one.
-            seen = fmaxf(tokens_before + (position < real ? position + 1 : real), 1);
+            seen = fmaxf(tokens, 1);
             measured = sum / seen;
         }
         float g = 1;
@@ -92,7 +105,7 @@ __device__ inline void gate_sequence(
     }
     if (lane_index() == 0) {
         p.state_out[2 * sequence] = sum_before;
-        p.state_out[2 * sequence + 1] = tokens_before + real;
+        p.state_out[2 * sequence + 1] = tokens_before;
     }
 }
 

@@ -25,6 +25,7 @@ enum Calibration {
     kCap,
     kSequence,
     kGamma,
+    kDecay,
     kCalibrationSize
 };
 
@@ -39,10 +40,11 @@ struct BlendParams {
     const void* scan_keys;      // [N, D] what is scanned: `keys`, or int8 of them if candidates > 0
     const float* scan_scales;   // [N, 2] the same of them
     const void* values;         // [N, E] fp32, or fp16 if half_values
+    const float* evidence_weights;  // [N]
     const long long* n_valid;   // [1]
     const long long* k;         // [1]
     const float* center;        // [D]
-    const float* calibration;   // [11]
+    const float* calibration;   // [12]
     const float* state;         // [B, 2]
     const long long* lengths;   // [B]
     float* rows;                // [T, E] r'

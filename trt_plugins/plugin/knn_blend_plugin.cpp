@@ -43,10 +43,10 @@ constexpr int kMostMultiprocessors = 192;
 constexpr long long kMostSharedBytes = 227 * 1024;
 
 enum Input {
-    kX, kR, kKeys, kKeyScales, kValues, kNValid, kK, kCenter, kNumbers, kState, kLengths,
-    kScanKeys, kScanScales
+    kX, kR, kKeys, kKeyScales, kValues, kEvidenceWeights, kNValid, kK, kCenter, kNumbers, kState,
+    kLengths, kScanKeys, kScanScales
 };
-constexpr int kExactInputs = 11, kInputs = 13;
+constexpr int kExactInputs = 12, kInputs = 14;
 enum Output { kRows, kStateOut, kConfidence, kNeighborIds, kSimilarities, kOutputs };
 
 nvinfer1::ILoggerFinder* logger_finder = nullptr;
@@ -104,10 +104,10 @@ bool type_fits(int position, int inputs, DataType type) {
 
 // Ranks of the inputs, then the sizes that must agree; says what does not.
 bool shapes_fit(const nvinfer1::Dims* d, int inputs) {
-    constexpr int ranks[kInputs] = {2, 2, 2, 2, 2, 1, 1, 1, 1, 2, 1, 2, 2};
+    constexpr int ranks[kInputs] = {2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 2, 1, 2, 2};
     constexpr const char* names[kInputs] = {
-        "x", "r", "keys", "key_scales", "values", "n_valid", "k", "center", "calibration",
-        "state", "lengths", "scan_keys", "scan_scales"};
+        "x", "r", "keys", "key_scales", "values", "evidence_weights", "n_valid", "k", "center",
+        "calibration", "state", "lengths", "scan_keys", "scan_scales"};
     for (int i = 0; i < inputs; ++i) {
         if (d[i].nbDims == ranks[i]) continue;
         report(std::string(names[i]) + " must have " + std::to_string(ranks[i]) + " dimensions");
@@ -130,6 +130,7 @@ bool shapes_fit(const nvinfer1::Dims* d, int inputs) {
     };
     return same(kX, 0, kR, 0) && same(kKeys, 1, kX, 1) && same(kKeyScales, 0, kKeys, 0) &&
            is(kKeyScales, 1, 2) && same(kValues, 0, kKeys, 0) && same(kValues, 1, kR, 1) &&
+           same(kEvidenceWeights, 0, kKeys, 0) &&
            is(kNValid, 0, 1) && is(kK, 0, 1) && same(kCenter, 0, kX, 1) &&
            is(kNumbers, 0, kCalibrationSize) && is(kState, 1, 2) && same(kState, 0, kLengths, 0) &&
            (inputs == kExactInputs ||
@@ -307,6 +308,7 @@ public:
         p.scan_keys = in[two_stages ? kScanKeys : kKeys];
         p.scan_scales = static_cast<const float*>(in[two_stages ? kScanScales : kKeyScales]);
         p.values = in[kValues];
+        p.evidence_weights = static_cast<const float*>(in[kEvidenceWeights]);
         p.n_valid = static_cast<const long long*>(in[kNValid]);
         p.k = static_cast<const long long*>(in[kK]);
         p.center = static_cast<const float*>(in[kCenter]);
@@ -364,7 +366,7 @@ private:
     static bool takes(int32_t inputs) { return inputs == kExactInputs || inputs == kInputs; }
 
     static int32_t refuse_counts() {
-        report("takes 11 inputs, or 13 to search in two stages, and gives 5 outputs");
+        report("takes 12 inputs, or 14 to search in two stages, and gives 5 outputs");
         return -1;
     }
 

@@ -33,7 +33,7 @@ int knnmoe_params_layout(long long* offsets) {
     const size_t all[] = {
         offsetof(P, x), offsetof(P, r), offsetof(P, keys), offsetof(P, key_scales),
         offsetof(P, scan_keys), offsetof(P, scan_scales), offsetof(P, values),
-        offsetof(P, n_valid), offsetof(P, k), offsetof(P, center), offsetof(P, calibration),
+        offsetof(P, evidence_weights), offsetof(P, n_valid), offsetof(P, k), offsetof(P, center), offsetof(P, calibration),
         offsetof(P, state), offsetof(P, lengths), offsetof(P, rows), offsetof(P, state_out),
         offsetof(P, confidence), offsetof(P, neighbors),
         offsetof(P, similarities), offsetof(P, workspace), offsetof(P, ticket),

@@ -53,7 +53,7 @@ cudaError_t cudaLaunchKernel(
 }
 
 // Creates the plugin, gives it a context, and enqueues twice on a workspace of the size it asks
-// for; 11 or 13 inputs. Dimensions are two an input (the second 0 where there is none), types those
+// for; 12 or 14 inputs. Dimensions are two an input (the second 0 where there is none), types those
 // of TensorRT. The plugin that runs is made from what the first one serializes, as an engine does.
 KNNMOE_EXPORT int knnmoe_enqueue(
     const char* similarity, int max_neighbors, int candidates, int inputs_given,
