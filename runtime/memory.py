@@ -110,12 +110,14 @@ class EntryOrigins:
         positions: Positions in them.
         merged: Of gates in which near-identical entries became one: the row above of each entry's
             first member, [N'] int32.
+        counts: Of these gates, of how many entries each is the mean, [N'] int32.
     """
 
     token_ids: NDArray[np.int32]
     documents: NDArray[np.int32]
     positions: NDArray[np.int32]
     merged: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
+    counts: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def documents_of(self, gate: int) -> NDArray[np.int32]:
         """The document of each entry of a gate."""
@@ -285,8 +287,9 @@ class MemoryPack:
             specs |= dict.fromkeys(names, ((gate.entries,), ("I32",)))
         tensors = read_tensors(path, specs)
         rows = {gate.gate: tensors.pop(f"rows_{gate.gate:02d}") for gate in merged}
+        counts = {}
         for gate in merged:
-            del tensors[f"counts_{gate.gate:02d}"]
+            counts[gate.gate] = tensors.pop(f"counts_{gate.gate:02d}")
             found = rows[gate.gate]
             if found.min() < 0 or found.max() >= self.origin_rows:
                 raise MemoryPackError(
@@ -296,7 +299,7 @@ class MemoryPack:
                     found=f"{found.min()} to {found.max()}",
                     fix=REBUILD,
                 )
-        return EntryOrigins(**tensors, merged=rows)
+        return EntryOrigins(**tensors, merged=rows, counts=counts)
 
     def with_settings(
         self,
@@ -547,7 +550,10 @@ def _write_origins(
         linked = link_tensors(target, ENTRIES, origins.path)
         return {**asdict(linked), "rows": origins.rows}
     columns = {name: getattr(origins, name) for name in ("token_ids", "documents", "positions")}
-    return asdict(write_tensors(target, ENTRIES, columns))
+    columns |= {f"rows_{gate:02d}": rows for gate, rows in origins.merged.items()}
+    columns |= {f"counts_{gate:02d}": counts for gate, counts in origins.counts.items()}
+    stated = asdict(write_tensors(target, ENTRIES, columns))
+    return {**stated, "rows": len(origins.documents)} if origins.merged else stated
 
 
 def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryPack:

@@ -29,7 +29,7 @@ from knnmoe.runtime.errors import (
     OutputError,
     SettingError,
 )
-from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.memory import MemoryPack, write_pack
 from knnmoe.runtime.model import Model
 from tiny import make_tiny_olmoe
 
@@ -242,6 +242,8 @@ def test_a_pack_with_merged_entries_still_says_where_all_of_its_text_is(
     summary = summarize(less)
     assert [gate.entries for gate in summary.gates] == [gate.entries for gate in less.gates]
     assert all(gate.background > 0 for gate in summary.gates)
+    for gate in range(3):
+        assert after.counts[gate].sum() == whole.entries
     model = Model.load(tiny_bundle, memory=less, threads=1)
     assert np.isfinite(model.score(list(range(20)))).all()
 
@@ -256,6 +258,30 @@ def test_tokens_with_many_entries_are_compared_block_by_block(
     assert all_at_once.entries[0] < blocks.entries[0] < blocks.tokens
     alone = build(tmp_path / "c", deduplicate=1.0)
     assert set(alone.entries.values()) == {alone.tokens + alone.background_tokens}
+
+
+def test_a_copy_of_a_pack_with_merged_entries_keeps_its_origins(
+    merged: tuple[MemoryPack, MemoryPack], tmp_path: Path
+) -> None:
+    less = merged[1]
+    origins = less.read_origins()
+    copy = write_pack(
+        tmp_path / "copy",
+        model=less.model,
+        gates={gate.gate: less.read(gate) for gate in less.gates},
+        variant=less.variant,
+        neighbors=less.neighbors,
+        similarity=less.similarity,
+        calibration={gate.gate: gate.calibration for gate in less.gates},
+        origins=origins,
+        provenance=less.provenance,
+    )
+    found = copy.read_origins()
+    assert origins is not None
+    assert found is not None
+    for gate in range(3):
+        np.testing.assert_array_equal(found.merged[gate], origins.merged[gate])
+        np.testing.assert_array_equal(found.counts[gate], origins.counts[gate])
 
 
 def test_rows_that_are_not_there_are_refused(
