@@ -50,9 +50,12 @@ USES: dict[str, Any] = {
 @click.option("--domain", default="scripture", show_default=True)
 @click.option("--max-tokens", default=20_000, show_default=True)
 @click.option("--test-tokens", default=40_000, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(ROWS)), help="Others are kept.")
 @click.option("--json", "target", type=click.Path(path_type=Path),
               default=ROOT / "benchmarks" / "results" / "build_options.json")  # fmt: skip
-def main(demo: Path, domain: str, max_tokens: int, test_tokens: int, target: Path) -> None:
+def main(
+    demo: Path, domain: str, max_tokens: int, test_tokens: int, only: tuple[str, ...], target: Path
+) -> None:
     """Print the table and write it as JSON."""
     model = Model.load(demo / "bundle", threads=1)
     text, kept = sequences(model, demo / "texts" / domain / "test.jsonl"), 0
@@ -65,8 +68,9 @@ def main(demo: Path, domain: str, max_tokens: int, test_tokens: int, target: Pat
     table = Table(title=f"'{domain}', {max_tokens:,} tokens: change of NLL, nats a token")
     for name in ("build", "entries by gate", "bytes", "reference NLL", "tokens/s", *USES):
         table.add_column(name)
-    rows: dict[str, Any] = {}
-    for name, options in ROWS.items():
+    rows: dict[str, Any] = json.loads(target.read_text())["rows"] if only else {}
+    for name in only or ROWS:
+        options = ROWS[name]
         with tempfile.TemporaryDirectory() as folder:
             report = build_memory(
                 MODEL,
