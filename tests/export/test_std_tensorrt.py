@@ -191,6 +191,7 @@ def test_every_segment_over_weights_in_blocks_is_parsed(
         assert "DEQUANTIZE" in result["layers"], result
 
 
+@pytest.mark.slow
 def test_a_segment_over_weights_in_blocks_is_built(tensorrt: Builder, tmp_path: Path) -> None:
     bundle = in_blocks(tmp_path, "int4")
     half = [way for way in WAYS if way["precision"] == "float16" and way["operators"] == "modern"]
