@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from knnmoe.runtime.errors import CheckpointError, SettingError
 from knnmoe.runtime.routing import RoutingRule
 
 from .config import NOT_DESCRIBED, Config
+from .latent import Latent, LatentNames, read_latent
 from .mxfp4 import BLOCK, is_mxfp4, is_packed, packed_shapes
 from .rope import Rope, read_rope
 
@@ -33,8 +35,8 @@ class TensorNames:
     embedding: str
     input_norm: str
     query: str
-    key: str
-    value: str
+    key: str | None
+    value: str | None
     output: str
     router_norm: str  # of a dense layer as well, where no router reads it
     router: str
@@ -45,6 +47,11 @@ class TensorNames:
     head: str
     query_norm: str | None = None
     key_norm: str | None = None
+    query_down: str | None = None  # latent attention (latent.py): to what queries are made of,
+    query_up: str | None = None  # which has `query_norm`, and from it to all heads
+    latent_down: str | None = None  # to the latent and the key that is turned
+    latent_norm: str | None = None
+    latent_up: str | None = None  # of each head first to its key, then to its value
     query_bias: str | None = None  # the biases are there where the config says so
     key_bias: str | None = None
     value_bias: str | None = None
@@ -103,6 +110,7 @@ class ConfigNames:
     window_end: str | None = None  # of the layers before it every other one has a window
     rotated_share: str | None = None  # of a head: the rest of it knows no position
     further_layers: str | None = None  # how many follow that predict more tokens; left out
+    latent: LatentNames | None = None  # of latent attention
     layer_kinds: str | None = None  # a list of `SLIDING` and `FULL`; other layers are refused
     swiglu_alpha: str | None = None
     swiglu_limit: str | None = None
@@ -201,6 +209,7 @@ class Architecture:
     shared_width: int | None  # of the expert that every token goes through
     attention_bias: bool
     head_norms: bool  # whether query and key have norms
+    latent: Latent | None  # sizes of latent attention; `shape` says what it caches
     rotary_size: int  # numbers of a head that the rotary embedding turns, the first ones
     further_layers: int  # of the checkpoint, behind the last one: they predict more tokens
     norm_epsilon: float
@@ -213,7 +222,19 @@ class Architecture:
     @property
     def query_width(self) -> int:
         """Width of all query heads."""
-        return self.shape.num_heads * self.shape.head_size
+        return self.shape.num_heads * (self.latent.query if self.latent else self.shape.head_size)
+
+    @property
+    def attended_width(self) -> int:
+        """Width of what all heads make of the values."""
+        return self.shape.num_heads * (self.latent.value if self.latent else self.shape.head_size)
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        if self.latent is None:
+            return 1 / math.sqrt(self.shape.head_size)
+        return self.rope.softmax / math.sqrt(self.latent.query)
 
     @property
     def kv_width(self) -> int:
@@ -234,6 +255,11 @@ class Architecture:
     def output_bias(self) -> bool:
         """Whether the linear map after attention has a bias."""
         return self.attention_bias and self.family.tensors.output_bias is not None
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the numbers that the rotary embedding turns as a pair are neighbours."""
+        return self.latent is not None and self.latent.interleaved
 
     @property
     def shared_router(self) -> bool:
@@ -283,7 +309,13 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
     layers = _layers(config, family)
     gates = sum(layer.gate is not None for layer in layers)
     experts = config.count(names.num_experts)
-    head_size = _head_size(config, family, hidden, heads)
+    latent = read_latent(config, names.latent) if names.latent else None
+    if latent is not None and kv_heads != heads:
+        raise config.wrong(names.num_kv_heads, "is not the number of heads", str(heads))
+    if latent is not None:
+        kv_heads, head_size = 1, latent.cached
+    else:
+        head_size = _head_size(config, family, hidden, heads)
     if heads % kv_heads:
         raise config.wrong(names.num_kv_heads, "does not divide the heads", f"a divisor of {heads}")
     config.must_be(names.activation, family.activation)
@@ -304,6 +336,7 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
             num_kv_heads=kv_heads,
             head_size=head_size,
             max_positions=config.count(names.max_positions),
+            latent_size=0 if latent is None else latent.rank,
         ),
         routing=_routing(config, family, experts),
         layers=layers,
@@ -316,9 +349,10 @@ def describe_config(content: Mapping[str, Any], where: Path, family: Family) -> 
         head_norms=(
             config.flag(names.head_norms)
             if names.head_norms
-            else family.tensors.query_norm is not None
+            else latent is None and family.tensors.query_norm is not None
         ),
-        rotary_size=_rotary_size(config, family, head_size, rope),
+        latent=latent,
+        rotary_size=latent.rotary if latent else _rotary_size(config, family, head_size, rope),
         further_layers=config.natural(names.further_layers) if names.further_layers else 0,
         norm_epsilon=config.positive(names.norm_epsilon),
         rope=rope,
@@ -390,10 +424,13 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
     normed = (head, head) if architecture.family.head_norms else (query, kv)
     found: dict[str | None, tuple[int, ...]] = {
         names.input_norm: (hidden,),
-        names.query: (query, hidden),
-        names.key: (kv, hidden),
-        names.value: (kv, hidden),
-        names.output: (hidden, query),
+    }
+    if architecture.latent is None:
+        found |= {names.query: (query, hidden), names.key: (kv, hidden), names.value: (kv, hidden)}
+    else:
+        found |= _latent_tensors(architecture, architecture.latent)
+    found |= {
+        names.output: (hidden, architecture.attended_width),
         names.sinks: (architecture.shape.num_heads,),
         names.router_norm: (hidden,),
     }
@@ -414,6 +451,22 @@ def layer_tensors(architecture: Architecture, layer: int) -> dict[str, tuple[int
     if width is not None:
         found |= {gate: (width, hidden), up: (width, hidden), down: (hidden, width)}
     return {name.format(layer=layer): size for name, size in found.items() if name is not None}
+
+
+def _latent_tensors(a: Architecture, latent: Latent) -> dict[str | None, tuple[int, ...]]:
+    names, hidden, heads = a.family.tensors, a.shape.hidden_size, a.shape.num_heads
+    found: dict[str | None, tuple[int, ...]] = {
+        names.latent_down: (latent.cached, hidden),
+        names.latent_norm: (latent.rank,),
+        names.latent_up: (heads * (latent.plain + latent.value), latent.rank),
+    }
+    if latent.query_rank is None:
+        return found | {names.query: (a.query_width, hidden)}
+    return found | {
+        names.query_down: (latent.query_rank, hidden),
+        names.query_norm: (latent.query_rank,),
+        names.query_up: (a.query_width, latent.query_rank),
+    }
 
 
 def expected_tensors(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:

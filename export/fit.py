@@ -72,7 +72,7 @@ def needs(
         cache_bytes: Of a number in the key-value cache: 4 on the CPU, 2 in fp16 engines.
         key_bytes: Of a number in the memory's keys: 4 on the CPU, 2 or 1 on a CUDA device.
     """
-    of_a_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_size * cache_bytes
+    of_a_token = shape.num_layers * shape.cache_width * cache_bytes
     # Key, value of every expert, and the two scales of the blend node.
     of_an_entry = shape.hidden_size * key_bytes + shape.num_experts * 4 + 2 * 4
     return Needs(weights, context * of_a_token, shape.num_gates * entries * of_an_entry)

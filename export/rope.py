@@ -30,6 +30,7 @@ class Yarn:
         fast, slow: Turns within the original context from which on a pair keeps its speed, and up
             to which it goes slower by the whole factor.
         whole: Whether the ramp begins and ends at whole pairs.
+        softmax: Factor of the scale of latent attention's softmax (`mscale_all_dim`, squared).
     """
 
     factor: float
@@ -38,6 +39,7 @@ class Yarn:
     fast: float = 32.0
     slow: float = 1.0
     whole: bool = True
+    softmax: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Rope:
     def magnitude(self) -> float:
         """Factor of all cosines and sines."""
         return 1.0 if self.yarn is None else self.yarn.magnitude
+
+    @property
+    def softmax(self) -> float:
+        """Factor of the scale of latent attention's softmax."""
+        return 1.0 if self.yarn is None else self.yarn.softmax
 
     def frequencies(self, head_size: int) -> Floats:
         """Angle by which each pair of a head turns a position: fp32 [head size / 2]."""
@@ -163,6 +170,7 @@ def _yarn(config: Config, inside: Config, max_positions: str) -> Yarn:
     magnitude = growth(1.0)
     if inside.raw("mscale") and inside.raw("mscale_all_dim"):
         magnitude = growth(inside.positive("mscale")) / growth(inside.positive("mscale_all_dim"))
+    every = inside.positive("mscale_all_dim") if inside.raw("mscale_all_dim") else 0.0
     truncate = inside.raw("truncate")
     return Yarn(
         factor=factor,
@@ -171,4 +179,5 @@ def _yarn(config: Config, inside: Config, max_positions: str) -> Yarn:
         fast=number("beta_fast", Yarn.fast),
         slow=number("beta_slow", Yarn.slow),
         whole=True if truncate is None else inside.flag("truncate"),
+        softmax=growth(every) ** 2,
     )

@@ -155,8 +155,8 @@ def _attention(
     else:
         hidden, normed = parts.next_norm(hidden, mixed, layer)
     cache = parts.cache(layer)
-    key, value = (g.declare(spec) for spec in cache.inputs)
-    stream, cached = parts.attention(hidden, normed, layer, (key, value), step)
+    past = tuple(g.declare(spec) for spec in cache.inputs)
+    stream, cached = parts.attention(hidden, normed, layer, past, step)
     return stream, list(zip(cached, cache.outputs, strict=True))
 
 

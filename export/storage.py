@@ -27,7 +27,7 @@ CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 # Parts of the `ort` lowering's weights: the last component of a name.
 _EXPERTS = ("gate_up", "down")
 _PROJECTIONS = (
-    "qkv", "output", "dense_gate_up", "dense_down", "shared_gate_up", "shared_down",
+    "qkv", "query_up", "output", "dense_gate_up", "dense_down", "shared_gate_up", "shared_down",
 )  # fmt: skip
 # What decides which experts are taken stays fp32, as do the small vectors and those of all experts;
 # and the rotary tables.
@@ -41,6 +41,10 @@ FIELD_PARTS = {
     "query": "qkv",
     "key": "qkv",
     "value": "qkv",
+    "query_down": "qkv",
+    "query_up": "query_up",
+    "latent_down": "qkv",
+    "latent_up": "key_up",
     "output": "output",
     "dense_gate": "dense_gate_up",
     "dense_up": "dense_gate_up",

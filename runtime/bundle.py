@@ -99,7 +99,13 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of the model, as in the manifest's `architecture`."""
+    """The sizes of the model, as in the manifest's `architecture`.
+
+    Attributes:
+        num_kv_heads, head_size: Of the keys and values that are cached.
+        latent_size: Where attention is latent: the last numbers of each key that are the value too,
+            so that a layer's cache is one array. 0: values are cached apart.
+    """
 
     hidden_size: int
     vocab_size: int
@@ -110,6 +116,12 @@ class ModelShape:
     num_kv_heads: int
     head_size: int
     max_positions: int
+    latent_size: int = 0
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token leaves in the cache of one layer."""
+        return self.num_kv_heads * self.head_size * (1 if self.latent_size else 2)
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,8 @@ class Manifest:
         for name in _OPTIONAL:
             if content[name] is None:
                 del content[name]
+        if not self.architecture.latent_size:
+            del content["architecture"]["latent_size"]
         return content
 
 
@@ -309,9 +323,14 @@ def _check_whole(top: Fields, manifest: Manifest) -> None:
 
 
 def _model_shape(entry: Fields) -> ModelShape:
-    names = tuple(ModelShape.__dataclass_fields__)
-    entry.only(*names)
-    shape = ModelShape(**{name: entry.integer(name, 1, MAX_DIMENSION) for name in names})
+    names = tuple(name for name in ModelShape.__dataclass_fields__ if name != "latent_size")
+    entry.only(*names, optional=("latent_size",))
+    sizes = {name: entry.integer(name, 1, MAX_DIMENSION) for name in names}
+    if "latent_size" in entry.names:
+        if sizes["num_kv_heads"] != 1:
+            raise entry.wrong("latent_size", "is that of one key head", found=sizes["num_kv_heads"])
+        sizes["latent_size"] = entry.integer("latent_size", 1, sizes["head_size"])
+    shape = ModelShape(**sizes)
     if shape.num_layers > MAX_GATES or not shape.num_gates <= shape.num_layers:
         raise entry.wrong(
             "num_gates",

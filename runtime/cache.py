@@ -21,7 +21,8 @@ class Cache:
     Attributes:
         capacity: Tokens a sequence can reach.
         keys, values: By layer, [B, KV heads, capacity, head size] fp32 or fp16, updated in place;
-            on the device of the layout.
+            on the device of the layout. Where attention is latent, there are no values, or they are
+            the keys.
         states: [G, B, 2] fp32, the evidence of each gate's sequence gate so far; there as well.
         states_out: The same after a step, before it is taken over.
         lengths: [B] int64 on the host, tokens so far.
@@ -66,11 +67,11 @@ class Cache:
                 found=capacity,
             )
         shape = (batch, architecture.num_kv_heads, capacity, architecture.head_size)
-        layers = range(architecture.num_layers)
+        layers, shared = range(architecture.num_layers), architecture.latent_size > 0
         return Cache(
             capacity=capacity,
             keys={layer: zeros(shape, dtype) for layer in layers},
-            values={layer: zeros(shape, dtype) for layer in layers},
+            values={layer: zeros(shape, dtype) for layer in layers if not shared},
             states=_rows(architecture.num_gates, batch, zeros),
             states_out=_rows(architecture.num_gates, batch, zeros),
             lengths=np.zeros(batch, np.int64),
@@ -84,7 +85,8 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Memory of the keys and values at full capacity."""
-        return sum(int(array.nbytes) for array in (*self.keys.values(), *self.values.values()))
+        parts = (self.keys,) if self.values is self.keys else (self.keys, self.values)
+        return sum(int(array.nbytes) for part in parts for array in part.values())
 
 
 def _rows(gates: int, batch: int, zeros: Zeros) -> Array:

@@ -32,8 +32,12 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_RANK = 8
 _BLOCK = 4 << 20
 
-# safetensors dtype → bytes an element. Other dtypes are refused: nothing here can use them.
-ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+# safetensors dtype → bytes an element. Other dtypes are refused: nothing here can use them. 8-bit
+# floats are hashed, but not read: the config of a quantised checkpoint says best what they are.
+ELEMENT_BYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 _NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 DOWNLOAD_AGAIN = "Download the checkpoint again."
@@ -122,7 +126,8 @@ class Checkpoint:
         bfloat16 needs the package ml_dtypes, whose dtype the array then has.
 
         Raises:
-            CheckpointError: If there is no such tensor, or its file has changed since opening.
+            CheckpointError: If there is no such tensor, it is of 8-bit floats, or its file has
+                changed since opening.
         """
         entry = self.entry(name)
         if math.prod(entry.shape) == 0:
@@ -178,6 +183,14 @@ def _numpy_dtype(entry: TensorEntry) -> np.dtype[Any]:
         return bfloat16
     if entry.dtype == "BOOL":
         return np.dtype(np.bool_)
+    if entry.dtype not in _NUMPY:
+        raise CheckpointError(
+            entry.shard,
+            f"tensor {entry.name} cannot be read",
+            expected="float32, float16 or bfloat16",
+            found=entry.dtype,
+            fix="Convert the checkpoint to bfloat16.",
+        )
     return np.dtype(_NUMPY[entry.dtype])
 
 

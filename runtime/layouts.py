@@ -232,7 +232,11 @@ class HostLayout:
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Layout.new_cache`."""
-        return Cache.allocate(self.architecture, batch, capacity)
+        cache = Cache.allocate(self.architecture, batch, capacity)
+        if self.architecture.latent_size:
+            # The graphs write the same twice, since GroupQueryAttention has an output for each.
+            cache.values = cache.keys
+        return cache
 
     def forget(self, cache: Cache) -> None:
         """See `Layout.forget`."""
@@ -366,17 +370,18 @@ def bias_inputs(selection_biases: Sequence[Array | None]) -> dict[str, Array]:
 
 
 def _past(cache: Cache, layers: tuple[int, ...] | range) -> dict[str, Array]:
-    past: dict[str, Array] = {}
-    for layer in layers:
-        past |= {f"past_key_{layer}": cache.keys[layer], f"past_value_{layer}": cache.values[layer]}
-    return past
+    return _named(cache, layers, "past")
 
 
 def _present(cache: Cache, layers: tuple[int, ...] | range) -> dict[str, Array]:
-    present: dict[str, Array] = {}
-    for layer in layers:
-        present |= {
-            f"present_key_{layer}": cache.keys[layer],
-            f"present_value_{layer}": cache.values[layer],
-        }
-    return present
+    return _named(cache, layers, "present")
+
+
+def _named(cache: Cache, layers: tuple[int, ...] | range, prefix: str) -> dict[str, Array]:
+    parts = (("key", cache.keys), ("value", cache.values))
+    return {
+        f"{prefix}_{name}_{layer}": part[layer]
+        for layer in layers
+        for name, part in parts
+        if layer in part
+    }

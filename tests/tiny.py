@@ -65,6 +65,14 @@ _DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 40,
+    "attention_bias": False,
+}
+
 # Of each family what the others are made of: entries of `config.json`, where `...` removes one.
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": TINY_CONFIG,
@@ -98,6 +106,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": {
             "rope_type": "yarn", "factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0,
             "truncate": False, "original_max_position_embeddings": 16,
+        },
+    },
+    "deepseek_v2": _DEEPSEEK | _LATENT | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        "q_lora_rank": None, "n_shared_experts": 2, "topk_method": "greedy", "n_group": 1,
+        "topk_group": 1, "norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1,
+        "rope_scaling": {
+            "type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 0.7,
+            "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1,
+        },
+    },
+    "deepseek_v3": _DEEPSEEK | _LATENT | {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+        "q_lora_rank": 64, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1, "moe_layer_freq": 1,
+        "rope_scaling": {
+            "type": "yarn", "factor": 4, "original_max_position_embeddings": 32, "mscale": 1.0,
+            "mscale_all_dim": 0.6,
         },
     },
 }  # fmt: skip
@@ -185,6 +212,31 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
             "attention_bias": False, "tie_word_embeddings": True, "num_experts_per_tok": 1,
             "layer_types": ["full_attention", "full_attention", "sliding_attention",
                             "full_attention"], "swiglu_alpha": 1.0, "num_local_experts": 5,
+        },
+    },
+    "deepseek_v2": {
+        "plain": {},
+        "groups, latent queries, no dense layer": {
+            "q_lora_rank": 32, "topk_method": "group_limited_greedy", "n_group": 4,
+            "topk_group": 2, "routed_scaling_factor": 16.0, "first_k_dense_replace": 0,
+            "rope_scaling": None, "dtype": "bfloat16", "shards": 2,
+        },
+        "tied, wide values, no key head count, as transformers 5 writes it": {
+            "tie_word_embeddings": True, "v_head_dim": 72, "num_key_value_heads": ...,
+            "rope_theta": ..., "rope_scaling": ...,
+            "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+        },
+    },
+    "deepseek_v3": {
+        "plain": {},
+        "queries of the stream, pairs half a head apart, not renormalised": {
+            "q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False,
+            "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "rope_scaling": None,
+            "first_k_dense_replace": 2, "num_hidden_layers": 4, "n_shared_experts": 2,
+        },
+        "narrow latents, two dense layers, float16": {
+            "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 24,
+            "first_k_dense_replace": 2, "num_hidden_layers": 4, "dtype": "float16",
         },
     },
 }  # fmt: skip
@@ -282,7 +334,7 @@ def _tensors(
     shared = ffn * c.get("n_shared_experts", 0)
     heads = c["num_attention_heads"]
     head = c.get("head_dim") or hidden // heads
-    width, kv_width = heads * head, head * (c["num_key_value_heads"] or heads)
+    width, kv_width = heads * head, head * (c.get("num_key_value_heads") or heads)
     attention_bias = c.get("attention_bias", family == "gpt_oss")
     qkv_bias = c.get("qkv_bias", family == "qwen2_moe") or attention_bias
     further = c.get("num_nextn_predict_layers", 0)
@@ -311,6 +363,20 @@ def _tensors(
         tensors[f"{name}_blocks"] = rng.integers(0, 256, (*rows, 16), np.uint8)
         tensors[f"{name}_scales"] = rng.integers(121, 125, rows, np.uint8)
 
+    def latent_attention(name: str) -> None:
+        rank, query_rank, rotary = c["kv_lora_rank"], c["q_lora_rank"], c["qk_rope_head_dim"]
+        query = heads * (c["qk_nope_head_dim"] + rotary)
+        if query_rank is None:
+            linear(f"{name}.q_proj", query, hidden)
+        else:
+            linear(f"{name}.q_a_proj", query_rank, hidden)
+            norm(f"{name}.q_a_layernorm", query_rank)
+            linear(f"{name}.q_b_proj", query, query_rank)
+        linear(f"{name}.kv_a_proj_with_mqa", rank + rotary, hidden)
+        norm(f"{name}.kv_a_layernorm", rank)
+        linear(f"{name}.kv_b_proj", heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), rank)
+        linear(f"{name}.o_proj", hidden, heads * c["v_head_dim"])
+
     gated = ("gate_proj", "up_proj", "down_proj")
     tensors["model.embed_tokens.weight"] = rng.normal(0, 1, (c["vocab_size"], hidden))
     for layer in range(c["num_hidden_layers"]):
@@ -323,11 +389,14 @@ def _tensors(
         if family == "qwen3_moe" or c.get("use_qk_norm"):
             norm(f"{p}.self_attn.q_norm", head)
             norm(f"{p}.self_attn.k_norm", head)
-        linear(f"{p}.self_attn.q_proj", width, hidden, bias=qkv_bias)
-        linear(f"{p}.self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
-        linear(f"{p}.self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
-        out_bias = attention_bias and family != "glm4_moe"
-        linear(f"{p}.self_attn.o_proj", hidden, width, bias=out_bias)
+        if "kv_lora_rank" in c:
+            latent_attention(f"{p}.self_attn")
+        else:
+            linear(f"{p}.self_attn.q_proj", width, hidden, bias=qkv_bias)
+            linear(f"{p}.self_attn.k_proj", kv_width, hidden, bias=qkv_bias)
+            linear(f"{p}.self_attn.v_proj", kv_width, hidden, bias=qkv_bias)
+            out_bias = attention_bias and family != "glm4_moe"
+            linear(f"{p}.self_attn.o_proj", hidden, width, bias=out_bias)
         dense = layer in (c.get("mlp_only_layers") or ())
         dense |= layer < c.get("first_k_dense_replace", 0)
         if dense or (layer + 1) % c.get("decoder_sparse_step", 1):

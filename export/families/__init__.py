@@ -7,6 +7,8 @@ from knnmoe.export.config import NOT_DESCRIBED
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 
+from .deepseek_v2 import DEEPSEEK_V2
+from .deepseek_v3 import DEEPSEEK_V3
 from .glm4_moe import GLM4_MOE
 from .gpt_oss import GPT_OSS
 from .mixtral import MIXTRAL
@@ -16,7 +18,16 @@ from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (GLM4_MOE, GPT_OSS, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
+    for family in (
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+        GLM4_MOE,
+        GPT_OSS,
+        MIXTRAL,
+        OLMOE,
+        QWEN2_MOE,
+        QWEN3_MOE,
+    )
 }
 
 

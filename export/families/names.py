@@ -38,4 +38,15 @@ DEEPSEEK = replace(
     shared_down=f"{_SHARED}.down_proj.weight",
     further=f"{LAYER}.eh_proj.weight",
 )
+DEEPSEEK_LATENT = replace(
+    DEEPSEEK,
+    key=None,
+    value=None,
+    query_down=f"{ATTENTION}.q_a_proj.weight",
+    query_norm=f"{ATTENTION}.q_a_layernorm.weight",
+    query_up=f"{ATTENTION}.q_b_proj.weight",
+    latent_down=f"{ATTENTION}.kv_a_proj_with_mqa.weight",
+    latent_norm=f"{ATTENTION}.kv_a_layernorm.weight",
+    latent_up=f"{ATTENTION}.kv_b_proj.weight",
+)
 SELECTION_BIAS = f"{LAYER}.mlp.gate.e_score_correction_bias"

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from knnmoe.runtime.bundle import TensorSpec
 
 Pair = tuple[ir.Value, ir.Value]
+Cached = tuple[ir.Value, ...]  # key and value; one value where attention is latent
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class CacheSpecs:
-    """A layer's key-value cache at the edge of a graph: (key, value) going in and coming out."""
+    """A layer's cache at the edge of a graph: what goes in and comes out; mostly (key, value)."""
 
-    inputs: tuple[TensorSpec, TensorSpec]
-    outputs: tuple[TensorSpec, TensorSpec]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
 def cache_pair(
@@ -63,9 +64,9 @@ class Lowering(Protocol):
         hidden: ir.Value,
         normed: ir.Value,
         layer: int,
-        past: Pair,
+        past: Cached,
         step: Sequence[ir.Value],
-    ) -> tuple[Stream, Pair]:
+    ) -> tuple[Stream, Cached]:
         """Attention, residual sum and the norm after it: (stream, the cache's outputs).
 
         Args:

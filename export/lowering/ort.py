@@ -18,7 +18,8 @@ from knnmoe.export.architecture import Architecture
 from knnmoe.export.graph import CONTRIB, GraphBuilder, StoredTensor
 from knnmoe.runtime.bundle import TensorSpec
 
-from .base import CacheSpecs, Pair, Stream, cache_pair
+from .base import Cached, CacheSpecs, Pair, Stream, cache_pair
+from .latent import LatentParts
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, ROPE_COS, ROPE_SIN, layer_name
 
 SEQLENS_K = TensorSpec("seqlens_k", "int32", ("batch",))
@@ -46,6 +47,7 @@ class OrtLowering:
         self._a = architecture
         self._stored = stored
         self._k = experts_per_token
+        self._step_positions: ir.Value | None = None
 
     @property
     def step_inputs(self) -> tuple[TensorSpec, ...]:
@@ -56,7 +58,7 @@ class OrtLowering:
         """The cache; the operator updates it in place where past and present are one buffer."""
         shape = ("batch", self._a.shape.num_kv_heads, "capacity", self._a.shape.head_size)
         past, present = (cache_pair(name, layer, "float32", shape) for name in ("past", "present"))
-        return CacheSpecs(past, present)
+        return CacheSpecs(past[:1] if self._a.latent else past, present)
 
     def weight(self, name: str) -> ir.Value:
         """The initializer of a weight."""
@@ -75,10 +77,24 @@ class OrtLowering:
         hidden: ir.Value,
         normed: ir.Value,
         layer: int,
-        past: Pair,
+        past: Cached,
         step: Sequence[ir.Value],
-    ) -> tuple[Stream, Pair]:
+    ) -> tuple[Stream, Cached]:
         """Attention, residual sum and the norm after it: (stream, (key, value) caches)."""
+        g, a = self._g, self._a
+        attend = self._attend if a.latent is None else self._attend_latent
+        attended, cached = attend(normed, layer, past, step)
+        projected = self._linear(attended, layer_name(layer, "output"))
+        if a.output_bias:
+            projected = g.op("Add", projected, self.weight(layer_name(layer, "output_bias")))
+        projected = g.op("Reshape", projected, g.op("Shape", hidden))
+        router_input, hidden = self._add_norm(hidden, projected, layer_name(layer, "router_norm"))
+        return Stream(hidden, self._flat(router_input, a.shape.hidden_size)), cached
+
+    def _attend(
+        self, normed: ir.Value, layer: int, past: Cached, step: Sequence[ir.Value]
+    ) -> tuple[ir.Value, Cached]:
+        """normed [B, S, D] → (attended [T, Q], the caches)."""
         g, a = self._g, self._a
         window = a.layers[layer].window
         windowed = {} if window is None else {"local_window_size": window}
@@ -92,14 +108,77 @@ class OrtLowering:
             count=3, domain=CONTRIB, num_heads=a.shape.num_heads,
             kv_num_heads=a.shape.num_kv_heads, do_rotary=1, **windowed,
         )  # fmt: skip
-        attended = self._flat(outputs[0], a.query_width)
-        projected = self._linear(attended, layer_name(layer, "output"))
-        if a.output_bias:
-            projected = g.op("Add", projected, self.weight(layer_name(layer, "output_bias")))
-        projected = g.op("Reshape", projected, g.op("Shape", hidden))
-        router_input, hidden = self._add_norm(hidden, projected, layer_name(layer, "router_norm"))
-        stream = Stream(hidden, self._flat(router_input, a.shape.hidden_size))
-        return stream, (outputs[1], outputs[2])
+        return self._flat(outputs[0], a.query_width), (outputs[1], outputs[2])
+
+    def _attend_latent(
+        self, normed: ir.Value, layer: int, past: Cached, step: Sequence[ir.Value]
+    ) -> tuple[ir.Value, Cached]:
+        """As `_attend`, over one key for all heads that is the value as well.
+
+        The operator has no rotary embedding to do: it would turn the key and not the value.
+        """
+        g, a, parts = self._g, self._a, self._latent_parts
+        heads = parts.heads(self._flat(normed, a.shape.hidden_size), layer)
+        batch = g.op("Shape", normed, start=0, end=2)
+        flat, positions = (
+            g.ints(-1, a.shape.num_heads, a.rotary_size),
+            self._positions(normed, step),
+        )
+        turned = self._turned(heads.query_rotary, batch, a.shape.num_heads, positions)
+        query = g.op("Concat", g.op("Reshape", turned, flat), heads.query, axis=2)
+        turned = self._turned(heads.key_rotary, batch, 1, positions)
+        key = g.op("Concat", self._flat(turned, a.rotary_size), heads.latent, axis=1)
+        query, key = (
+            g.op("Reshape", part, g.op("Concat", batch, g.ints(width), axis=0))
+            for part, width in (
+                (query, a.shape.num_heads * a.shape.head_size),
+                (key, a.shape.head_size),
+            )
+        )
+        (cache,) = past
+        outputs = g.ops(
+            "GroupQueryAttention", query, key, key, cache, cache, *step,
+            count=3, domain=CONTRIB, num_heads=a.shape.num_heads, kv_num_heads=1,
+            scale=a.softmax_scale,
+        )  # fmt: skip
+        attended = g.op("Reshape", outputs[0], g.ints(-1, a.shape.num_heads, a.shape.head_size))
+        return parts.values(attended, layer), (outputs[1], outputs[2])
+
+    @property
+    def _latent_parts(self) -> LatentParts:
+        g = self._g
+
+        def by_head(rows: ir.Value, name: str) -> ir.Value:
+            return g.op("MatMul", rows, self.weight(name))
+
+        return LatentParts(g, self._a, self._linear, self._norm, by_head)
+
+    def _turned(self, part: ir.Value, batch: ir.Value, heads: int, positions: ir.Value) -> ir.Value:
+        """The rotary embedding of part [T, …] as [B, S, heads · rotary size]."""
+        g, a = self._g, self._a
+        assert a.latent is not None
+        size = g.op("Concat", batch, g.ints(heads * a.rotary_size), axis=0)
+        return g.op(
+            "RotaryEmbedding", g.op("Reshape", part, size), positions,
+            self.weight(ROPE_COS), self.weight(ROPE_SIN),
+            domain=CONTRIB, interleaved=int(a.latent.interleaved), num_heads=heads,
+        )  # fmt: skip
+
+    def _positions(self, normed: ir.Value, step: Sequence[ir.Value]) -> ir.Value:
+        """Positions [B, S] of the tokens of a step, appended once a graph.
+
+        A step with a past has sequences of one length: one sequence, or one token each. So the
+        first of S tokens stands at the total length less S, and at 0 without a past.
+        """
+        if self._step_positions is None:
+            g = self._g
+            totals = g.op("Add", g.cast(step[0], "int64"), g.ints(1))
+            length = g.op("Shape", normed, start=1, end=2)
+            start = g.op("Max", g.op("Sub", totals, length), g.ints(0))
+            zero, one = (g.constant(number, np.int64) for number in (0, 1))
+            offsets = g.op("Range", zero, g.op("Squeeze", length), one)
+            self._step_positions = g.op("Add", g.op("Unsqueeze", start, g.ints(1)), offsets)
+        return self._step_positions
 
     def router(self, router_input: ir.Value, layer: int) -> ir.Value:
         """router_input [T, D] → router_logits [T, E]."""
@@ -241,10 +320,10 @@ class OrtLowering:
         """rows [T, in] by a weight [out, in] → [T, out]."""
         return self._g.op("Gemm", rows, self.weight(name), transB=1)
 
-    def _norm(self, value: ir.Value, name: str) -> ir.Value:
+    def _norm(self, value: ir.Value, name: str, epsilon: float | None = None) -> ir.Value:
         return self._g.op(
             "SimplifiedLayerNormalization", value, self.weight(name),
-            axis=-1, epsilon=self._a.norm_epsilon, stash_type=1,
+            axis=-1, epsilon=epsilon or self._a.norm_epsilon, stash_type=1,
         )  # fmt: skip
 
     def _add_norm(self, hidden: ir.Value, added: ir.Value, name: str) -> Pair:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from knnmoe.export.architecture import Architecture, TensorNames, layer_tensors
 from knnmoe.export.experts import down_rows, gate_up_rows
+from knnmoe.export.latent import Latent
 from knnmoe.export.weights import PlannedTensor, row_chunks
 from knnmoe.runtime.checkpoint import Checkpoint
 
@@ -49,6 +50,8 @@ def segment_weights(
         dense = architecture.layers[layer].gate is None
         parts = _attention(names) | (_dense(names) if dense else _router(names))
         planned.extend(_copies(architecture, checkpoint, layer, parts))
+        if architecture.latent is not None:
+            planned.extend(_latent(architecture, architecture.latent, checkpoint, layer))
     if segment == shape.num_gates:
         copied(FINAL_NORM, names.final_norm, size=(hidden,))
         if not architecture.tied_head:
@@ -62,9 +65,11 @@ Parts = dict[str, tuple[str | None, ...]]  # a weight → the tensors it consist
 def _attention(names: TensorNames) -> Parts:
     return {
         "input_norm": (names.input_norm,),
-        "qkv": (names.query, names.key, names.value),
+        "qkv": (names.query, names.query_down, names.key, names.value, names.latent_down),
         "qkv_bias": (names.query_bias, names.key_bias, names.value_bias),
         "query_norm": (names.query_norm,),
+        "query_up": (names.query_up,),
+        "latent_norm": (names.latent_norm,),
         "key_norm": (names.key_norm,),
         "output": (names.output,),
         "output_bias": (names.output_bias,),
@@ -98,8 +103,9 @@ def _copies(
     """Those of the parts that the layer has."""
     sizes = layer_tensors(architecture, layer)
     for part, templates in parts.items():
-        sources = tuple(name.format(layer=layer) for name in templates if name is not None)
-        if sources and sources[0] in sizes:
+        named = (name.format(layer=layer) for name in templates if name is not None)
+        sources = tuple(name for name in named if name in sizes)
+        if sources:
             rows = sum(sizes[name][0] for name in sources)
             size = (rows, *sizes[sources[0]][1:])
             chunks = partial(_rows, checkpoint, sources)
@@ -130,6 +136,32 @@ def _experts(architecture: Architecture, checkpoint: Checkpoint, layer: int) -> 
             rows, size = partial(_rows, checkpoint, sources), (count, out)
             planned.append(PlannedTensor(layer_name(layer, part), size, rows, sources=sources))
     return planned
+
+
+def _latent(
+    architecture: Architecture, latent: Latent, checkpoint: Checkpoint, layer: int
+) -> list[PlannedTensor]:
+    """Each head's map of the latent to its key, and to its value the other way round, so that both
+    are multiplied from the right: [heads, plain, rank] and [heads, rank, value].
+    """
+    template, heads = architecture.family.tensors.latent_up, architecture.shape.num_heads
+    assert template is not None
+    name, plain, rank, value = template.format(layer=layer), latent.plain, latent.rank, latent.value
+
+    def by_head(*, values: bool) -> Iterator[NDArray[np.float32]]:
+        of_heads = checkpoint.tensor(name).reshape(heads, plain + value, rank)
+        for rows in of_heads:
+            part = rows[plain:].T if values else rows[:plain]
+            yield part.astype(np.float32)
+
+    return [
+        PlannedTensor(
+            layer_name(layer, "key_up"), (heads, plain, rank), partial(by_head, values=False)
+        ),
+        PlannedTensor(
+            layer_name(layer, "value_up"), (heads, rank, value), partial(by_head, values=True)
+        ),
+    ]
 
 
 def _rope(architecture: Architecture) -> list[PlannedTensor]:

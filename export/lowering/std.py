@@ -14,7 +14,8 @@ from knnmoe.export.architecture import Architecture
 from knnmoe.export.graph import GraphBuilder, StoredTensor
 from knnmoe.runtime.bundle import TensorSpec
 
-from .base import CacheSpecs, Pair, Stream, cache_pair
+from .base import Cached, CacheSpecs, Pair, Stream, cache_pair
+from .latent import LatentParts
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, layer_name
 from .std_attention import ATTENTION, AttentionRule, Heads
 from .std_blocks import BlockOps
@@ -66,9 +67,10 @@ class StdLowering:
         whole, new = (("batch", heads, length, size) for length in (capacity, "sequence"))
         dtype = self._options.precision
         past = cache_pair("past", layer, dtype, whole)
-        if self._options.operators == "modern":
-            return CacheSpecs(past, cache_pair("present", layer, dtype, whole))
-        return CacheSpecs(past, cache_pair("new", layer, dtype, new))
+        modern = self._options.operators == "modern"
+        name, shape = ("present", whole) if modern else ("new", new)
+        after = cache_pair(name, layer, dtype, shape)
+        return CacheSpecs(past[:1], after[:1]) if self._ops.a.latent else CacheSpecs(past, after)
 
     def embed(self, input_ids: ir.Value) -> ir.Value:
         """See `Lowering.embed`."""
@@ -84,15 +86,20 @@ class StdLowering:
         hidden: ir.Value,
         normed: ir.Value,
         layer: int,
-        past: Pair,
+        past: Cached,
         step: Sequence[ir.Value],
-    ) -> tuple[Stream, Pair]:
+    ) -> tuple[Stream, Cached]:
         """See `Lowering.attention`."""
-        ops = self._ops
+        ops, size = self._ops, self._ops.a.shape
         (past_lengths,) = step
-        heads = self._heads(normed, layer)
+        heads = self._heads(normed, layer) if ops.a.latent is None else self._latent(normed, layer)
         attended, cached = self._attend(ops, heads, past, past_lengths, self._rule(layer))
-        projected = ops.linear(ops.flat(attended, ops.a.query_width), layer_name(layer, "output"))
+        if ops.a.latent is None:
+            rows = ops.flat(attended, ops.a.attended_width)
+        else:
+            by_head = ops.g.op("Reshape", attended, ops.g.ints(-1, size.num_heads, size.head_size))
+            rows = self._latent_parts.values(by_head, layer)
+        projected = ops.linear(rows, layer_name(layer, "output"))
         if ops.a.output_bias:
             projected = ops.biased(projected, layer_name(layer, "output_bias"))
         hidden = ops.g.op("Add", hidden, ops.like(projected, hidden))
@@ -163,6 +170,24 @@ class StdLowering:
             size = g.ints(width // a.shape.head_size, a.shape.head_size)
             parts.append(g.op("Reshape", part, g.op("Concat", batch, size, axis=0)))
         return Heads(*parts)
+
+    @property
+    def _latent_parts(self) -> LatentParts:
+        ops = self._ops
+        return LatentParts(ops.g, ops.a, ops.linear, ops.norm, ops.by_head)
+
+    def _latent(self, normed: ir.Value, layer: int) -> Heads:
+        """normed [B, S, D] → queries by head, and the key for all of them that is the value too."""
+        g, ops, a = self._ops.g, self._ops, self._ops.a
+        heads = self._latent_parts.heads(ops.flat(normed, a.shape.hidden_size), layer)
+        batch = g.op("Shape", normed, start=0, end=2)
+        query = g.op("Concat", heads.query_rotary, heads.query, axis=2)
+        key = g.op("Concat", heads.key_rotary, heads.latent, axis=1)
+        parts = []
+        for part, count in ((query, a.shape.num_heads), (key, 1)):
+            size = g.op("Concat", batch, g.ints(count, a.shape.head_size), axis=0)
+            parts.append(g.op("Reshape", part, size))
+        return Heads(parts[0], parts[1], None)
 
     def _rule(self, layer: int) -> AttentionRule:
         ops, name = self._ops, layer_name(layer, "sinks")

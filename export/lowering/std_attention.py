@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .base import Pair
+from .base import Cached
 from .ort_weights import ROPE_COS, ROPE_SIN
 from .std_ops import Operators, StdOps
 
@@ -31,12 +31,13 @@ class Heads:
 
     Attributes:
         query: [B, S, heads, head size].
-        key, value: [B, S, KV heads, head size].
+        key, value: [B, S, KV heads, head size]. Without a value, it is the key after the rotary
+            embedding, and the cache is one array.
     """
 
     query: ir.Value
     key: ir.Value
-    value: ir.Value
+    value: ir.Value | None
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class AttentionRule:
 
 
 def primitive_attention(
-    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, rule: AttentionRule
-) -> tuple[ir.Value, Pair]:
+    ops: StdOps, heads: Heads, past: Cached, past_lengths: ir.Value, rule: AttentionRule
+) -> tuple[ir.Value, Cached]:
     """Attention in products and a softmax: (attended [B, S, heads, head size], (key, value)).
 
     The pair is what the step adds to the cache, [B, KV heads, S, head size] each; the cache itself
@@ -66,7 +67,9 @@ def primitive_attention(
     scaled = g.op("Mul", _rotated(ops, heads.query, past_lengths), ops.number(_scale(ops)))
     query = ops.narrow(_grouped(ops, scaled, heads.query))
     rotated = _rotated(ops, heads.key, past_lengths)
-    key, value = (ops.narrow(_finite(ops, _by_head(ops, part))) for part in (rotated, heads.value))
+    fresh = (rotated,) if heads.value is None else (rotated, heads.value)
+    added = tuple(ops.narrow(_finite(ops, _by_head(ops, part))) for part in fresh)
+    key, value = added[0], added[-1]
     seen_past = ops.once(
         f"seen of the past in {window}",
         lambda: _seen_past(ops, past[0], key, past_lengths, group, window),
@@ -85,15 +88,15 @@ def primitive_attention(
     of_new = g.op("Slice", weights, capacity, end, axis)
     attended = g.op(
         "Add",
-        ops.widen(g.op("MatMul", of_past, past[1])),
+        ops.widen(g.op("MatMul", of_past, past[-1])),
         ops.widen(g.op("MatMul", of_new, value)),
     )
-    return _ungrouped(ops, attended, key, heads.query), (key, value)
+    return _ungrouped(ops, attended, key, heads.query), added
 
 
 def modern_attention(
-    ops: StdOps, heads: Heads, past: Pair, past_lengths: ir.Value, rule: AttentionRule
-) -> tuple[ir.Value, Pair]:
+    ops: StdOps, heads: Heads, past: Cached, past_lengths: ir.Value, rule: AttentionRule
+) -> tuple[ir.Value, Cached]:
     """Attention by operators of opset 24: (attended [B, S, heads, head size], (key, value)).
 
     The pair is the whole cache after the step, which TensorScatter has written into; past and
@@ -107,11 +110,13 @@ def modern_attention(
     if rule.sinks is None:
         query = ops.narrow(query)
     rotated = _rotary_embedding(ops, heads.key, past_lengths)
-    key, value = (ops.narrow(_finite(ops, part)) for part in (rotated, _by_head(ops, heads.value)))
-    keys, values = (
-        g.op("TensorScatter", cached, added, past_lengths, axis=2)
-        for cached, added in zip(past, (key, value), strict=True)
+    fresh = (rotated,) if heads.value is None else (rotated, _by_head(ops, heads.value))
+    added = tuple(ops.narrow(_finite(ops, part)) for part in fresh)
+    caches = tuple(
+        g.op("TensorScatter", cached, part, past_lengths, axis=2)
+        for cached, part in zip(past, added, strict=True)
     )
+    key, keys, values = added[0], caches[0], caches[-1]
     seen = ops.once(
         f"seen in {window}", lambda: _seen(ops, past[0], heads.query, past_lengths, window)
     )
@@ -121,12 +126,12 @@ def modern_attention(
         scores = _scores(ops, ops.narrow(_grouped(ops, scaled, heads.query)), keys, rows)
         weights = ops.narrow(_shares(ops, scores, rule.sinks))
         attended = ops.widen(g.op("MatMul", weights, values))
-        return _ungrouped(ops, attended, key, heads.query), (keys, values)
-    attended = g.op("Attention", query, keys, values, seen)
-    return ops.widen(_by_head(ops, attended)), (keys, values)
+        return _ungrouped(ops, attended, key, heads.query), caches
+    attended = g.op("Attention", query, keys, values, seen, scale=_scale(ops))
+    return ops.widen(_by_head(ops, attended)), caches
 
 
-Attention = Callable[[StdOps, Heads, Pair, ir.Value, AttentionRule], tuple[ir.Value, Pair]]
+Attention = Callable[[StdOps, Heads, Cached, ir.Value, AttentionRule], tuple[ir.Value, Cached]]
 
 ATTENTION: dict[Operators, Attention] = {
     "primitive": primitive_attention,
@@ -135,7 +140,7 @@ ATTENTION: dict[Operators, Attention] = {
 
 
 def _scale(ops: StdOps) -> float:
-    return float(1 / np.sqrt(ops.a.shape.head_size))
+    return ops.a.softmax_scale
 
 
 def _group(ops: StdOps) -> int:
@@ -234,8 +239,14 @@ def _rotated(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir.Value:
     cos = ops.once("cosines", lambda: turns(ROPE_COS))
     sin = ops.once("sines", lambda: turns(ROPE_SIN))
     kept = ops.a.shape.head_size - 2 * half
-    sizes = g.ints(half, half, *([kept] if kept else []))
-    first, second, *rest = g.ops("Split", part, sizes, count=3 if kept else 2, axis=-1)
+    if ops.a.interleaved:
+        # The pairs come out in halves, of queries and of keys, so that no product sees it.
+        axis, end, two = g.ints(-1), g.ints(2 * half), g.ints(2)
+        first, second = (g.op("Slice", part, g.ints(i), end, axis, two) for i in (0, 1))
+        rest = [g.op("Slice", part, end, g.ints(np.iinfo(np.int64).max), axis)]
+    else:
+        sizes = g.ints(half, half, *([kept] if kept else []))
+        first, second, *rest = g.ops("Split", part, sizes, count=3 if kept else 2, axis=-1)
     turned = (
         g.op("Sub", g.op("Mul", first, cos), g.op("Mul", second, sin)),
         g.op("Add", g.op("Mul", first, sin), g.op("Mul", second, cos)),
@@ -251,6 +262,7 @@ def _rotary_embedding(ops: StdOps, part: ir.Value, past_lengths: ir.Value) -> ir
     return ops.g.op(
         "RotaryEmbedding", _by_head(ops, part), *tables, positions,
         rotary_embedding_dim=0 if whole else ops.a.rotary_size,
+        interleaved=int(ops.a.interleaved),
     )  # fmt: skip
 
 

@@ -160,9 +160,13 @@ class StdOps:
         active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
         return self.linear(active, layer_name(layer, f"{part}_down"))
 
-    def norm(self, value: ir.Value, name: str) -> ir.Value:
+    def by_head(self, rows: ir.Value, name: str) -> ir.Value:
+        """rows [heads, T, in] by a weight [heads, in, out] → [heads, T, out]."""
+        return self.widen(self.g.op("MatMul", self.narrow(rows), self.narrow_weight(name)))
+
+    def norm(self, value: ir.Value, name: str, epsilon: float | None = None) -> ir.Value:
         """Root-mean-square norm over the last axis, times the weight."""
-        g, epsilon = self.g, self.a.norm_epsilon
+        g, epsilon = self.g, epsilon or self.a.norm_epsilon
         if self._rms_norm:
             return g.op("RMSNormalization", value, self.weight(name), axis=-1, epsilon=epsilon)
         mean = g.op("ReduceMean", g.op("Mul", value, value), g.ints(-1), keepdims=1)

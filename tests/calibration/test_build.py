@@ -104,6 +104,9 @@ def test_entries_follow_the_text_and_can_be_traced_back_to_it(
         ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
         ("gpt_oss", "plain"),
         ("gpt_oss", "experts in MXFP4"),
+        ("deepseek_v2", "plain"),
+        ("deepseek_v3", "plain"),
+        ("glm4_moe", "plain"),
     ],
 )
 def test_a_memory_of_any_family_belongs_to_its_bundle(

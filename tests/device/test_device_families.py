@@ -1,4 +1,6 @@
-"""Several layers a segment, shared experts and windows do on a device what they do on the host."""
+"""Several layers a segment, shared experts, windows and latent attention do on a device what they
+do on the host.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ KINDS = [
     ("mixtral", "a window of 5, wide heads, many experts"),
     ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
     ("gpt_oss", "plain"),
+    ("deepseek_v3", "plain"),
 ]
 
 

@@ -265,6 +265,51 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
         ("gpt_oss", {"sliding_window": None}, "layer_types: malformed"),
         ("gpt_oss", {"attention_bias": False}, "proj.bias: is not a tensor of the family gpt_oss"),
         ("gpt_oss", {"tie_word_embeddings": "no"}, "tie_word_embeddings: malformed"),
+        ("deepseek_v2", {"n_routed_experts": 7}, "mlp.gate.weight: has another shape"),
+        ("deepseek_v2", {"num_experts_per_tok": 9}, "num_experts_per_tok: is more than there are"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method: is not supported; expected gre"),
+        ("deepseek_v2", {"topk_method": None}, "topk_method: is not supported"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func: is not supported; expected so"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob: is not supported; expected Fal"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias: is not supported"),
+        ("deepseek_v2", {"attention_bias": True}, "attention_bias: is not supported"),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 3},
+            "routing rule that cannot be: .*groups .*found 3",
+        ),
+        ("deepseek_v2", {"q_lora_rank": 32}, "q_a_proj.weight is missing"),
+        ("deepseek_v2", {"q_lora_rank": ...}, "q_a_proj.weight is missing"),
+        ("deepseek_v2", {"kv_lora_rank": 32}, "kv_a_proj_with_mqa.weight: has another shape"),
+        ("deepseek_v2", {"kv_lora_rank": None}, "kv_lora_rank: malformed"),
+        ("deepseek_v2", {"kv_lora_rank": 60}, "makes 76 with qk_rope_head_dim; .*multiple of 8"),
+        ("deepseek_v2", {"qk_rope_head_dim": 24}, "q_proj.weight: has another shape|with_mqa"),
+        ("deepseek_v2", {"qk_rope_head_dim": 15}, "cannot be turned in pairs"),
+        ("deepseek_v2", {"qk_nope_head_dim": 32}, "q_proj.weight: has another|kv_b_proj"),
+        ("deepseek_v2", {"v_head_dim": 32}, "kv_b_proj.weight: has another shape"),
+        ("deepseek_v2", {"v_head_dim": ...}, "v_head_dim: malformed"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "is not the number of heads; expected 4"),
+        ("deepseek_v2", {"rope_scaling": {"type": "linear"}}, "scaling that is not supported"),
+        ("deepseek_v2", {"num_hidden_layers": 2}, "layers.2.*: is not a tensor of the family"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: is not supported; expected noaux"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: is not supported; expected si"),
+        ("deepseek_v3", {"n_group": 3}, "routing rule that cannot be: .*groups .*found 3"),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 2}, "routing rule that cannot be"),
+        ("deepseek_v3", {"q_lora_rank": 32}, "q_a_proj.weight: has another shape"),
+        ("deepseek_v3", {"q_lora_rank": None}, "q_proj.weight is missing"),
+        ("deepseek_v3", {"rope_interleave": "yes"}, "rope_interleave: malformed"),
+        (
+            "deepseek_v3",
+            {"num_nextn_predict_layers": 0},
+            "layers.3.*: is not a tensor of the family",
+        ),
+        ("deepseek_v3", {"first_k_dense_replace": 0}, "layers.0.mlp.gate.weight is missing"),
+        ("deepseek_v3", {"first_k_dense_replace": ...}, "first_k_dense_replace: leaves no layer"),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {"type": "yarn", "factor": 4, "mscale_all_dim": -1}},
+            "mscale_all_dim: malformed",
+        ),
     ],
 )
 def test_a_familys_config_that_cannot_be_right_is_refused(
@@ -319,6 +364,16 @@ def test_layers_that_predict_more_tokens_are_left_out(tmp_path):
     assert set(report.left_out) == extra
     stored = sum(f.size for n, f in report.files.items() if n.endswith(".safetensors"))
     assert stored == plan_export(checkpoint).weight_bytes
+
+
+def test_of_latent_attention_one_small_key_is_cached(sources):
+    architecture = opened(Checkpoint.open(sources["deepseek_v3"]))
+    shape = architecture.shape
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_size) == (4, 1, 64 + 16)
+    assert (shape.latent_size, shape.cache_width) == (64, 80)
+    # YaRN by 4: the products grow by the square of 1 + 0.06 ln 4.
+    growth = (1 + 0.06 * np.log(4)) ** 2
+    assert architecture.softmax_scale == pytest.approx(growth / np.sqrt(24 + 16))
 
 
 def two_norms(tensors):

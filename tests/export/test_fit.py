@@ -24,6 +24,12 @@ def test_the_parts_are_what_they_are_counted_to_be() -> None:
     assert needs(OLMOE, 1, context=1, entries=0).memory == 0
 
 
+def test_a_latent_cache_is_one_array_of_one_head() -> None:
+    # DeepSeek-V2-Lite: 27 layers of 512 + 64 numbers a token, where heads would be 2 · 16 · 192.
+    lite = ModelShape(2048, 102400, 27, 26, 64, 16, 1, 576, 163840, latent_size=512)
+    assert needs(lite, 1, context=4096, entries=0).cache == 4096 * 27 * 576 * 4
+
+
 def test_devices_that_are_too_small_are_said_to_be() -> None:
     rows = {fit.device: fit for fit in fits(Needs(weights=13 * GIB, cache=GIB, memory=GIB))}
     assert not rows["Jetson Orin NX 16 GB"].fits

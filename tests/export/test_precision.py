@@ -10,13 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from knnmoe.export import cli
 from knnmoe.export.exporter import ExportReport, export
@@ -112,7 +113,8 @@ def test_every_family_can_be_quantised(tmp_path, family):
         export(source, tmp_path / f"b{index}", precision="int4")
         report = verify(source, Bundle.open(tmp_path / f"b{index}"))
         assert report.max_abs_error <= 1e-4, kind
-        assert 0 < report.activations < ROUNDING, kind
+        # Latent queries are one more rounding in a row.
+        assert 0 < report.activations < ROUNDING + 0.01 * family.startswith("deepseek"), kind
 
 
 @needs_torch
@@ -301,6 +303,27 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(tmp_path, method):
     with pytest.raises(CheckpointError, match=f"quantised already.*{method}"):
         export(source, tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_checkpoint_in_8_bit_floats_is_refused_by_its_config(tmp_path):
+    """As DeepSeek-V3 is released: weights in blocks, with their scales beside them."""
+    quantised = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    source = make_tiny(tmp_path / "c", "deepseek_v3", quantization_config=quantised)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "experts" in name]:
+        tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"quantised already.*found fp8"):
+        export(source, tmp_path / "b")
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"cannot be exported; .*found F8_E4M3"):
+        export(source, tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"cannot be read; .*found F8_E4M3"):
+        Checkpoint.open(source).tensor("model.layers.1.mlp.experts.0.up_proj.weight")
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused(tmp_path):

@@ -50,6 +50,7 @@ FAST = {
     ("mixtral", "a window of 5, wide heads, many experts"),
     ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
     ("gpt_oss", "plain"),
+    ("deepseek_v3", "plain"),
 }
 WAYS = [StdOptions(o, "float32", e) for o in ("primitive", "modern") for e in ("gathered", "dense")]
 # Of floating-point weights the graph differs for TensorRT only where experts are gathered.

@@ -133,6 +133,8 @@ def test_every_segment_of_every_family_is_parsed(tensorrt: Builder, tmp_path: Pa
         ("mixtral", "a window of 5, wide heads, many experts"),
         ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
         ("gpt_oss", "plain"),
+        ("deepseek_v3", "plain"),
+        ("glm4_moe", "plain"),
     ]
     bundles = [exported(tmp_path / family, family, kind) for family, kind in kinds]
     jobs = [job(i, way) | {"bundle": str(b)} for b in bundles for way in ways for i in segments(b)]

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def test_a_manifest_survives_writing_and_reading(tiny_bundle, tmp_path):
     manifest = read_manifest(tiny_bundle)
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
+
+
+def test_a_latent_cache_is_stated_and_no_other_is(tiny_bundle, tmp_path):
+    manifest = read_manifest(tiny_bundle)
+    stated = json.loads((tiny_bundle / "manifest.json").read_text())
+    assert "latent_size" not in stated["architecture"]
+    latent = replace(manifest.architecture, num_kv_heads=1, head_size=24, latent_size=16)
+    write_manifest(tmp_path, replace(manifest, architecture=latent))
+    assert read_manifest(tmp_path).architecture == latent
+    too_large = replace(latent, latent_size=25)
+    write_manifest(tmp_path, replace(manifest, architecture=too_large))
+    with pytest.raises(BundleError, match="latent_size: out of range"):
+        read_manifest(tmp_path)
 
 
 OLD_ROUTING = {"top_k": 2, "score": "softmax", "renormalize": False, "scale": 1.0}
@@ -222,6 +236,8 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_in("architecture", "hidden_size", value=True), "hidden_size: out of range"),
         (set_in("architecture", "hidden_size", value=1 << 60), "hidden_size: out of range"),
         (set_in("architecture", "hidden_size", value=64.0), "hidden_size: out of range"),
+        (set_in("architecture", "latent_size", value=8), "latent_size: is that of one key head"),
+        (set_in("architecture", "latent_size", value=0), "latent_size: "),
         (set_in("architecture", "num_gates", value=2), "segments: wrong number"),
         (set_in("architecture", "num_gates", value=9), "num_gates: out of range"),
         (set_in("architecture", "num_layers", value=10**6), "num_gates: out of range"),
