@@ -83,6 +83,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
                                        "model.embed_tokens", "lm_head"],
         },
     },
+    "deepseek-v2-lite": {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+        "topk_method": "greedy", "scoring_func": "softmax", "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": False, "routed_scaling_factor": 1.0, "q_lora_rank": None,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096,
+            "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1,
+        },
+        "attention_bias": False,
+    },
 }  # fmt: skip
 SHARD_BYTES = 2 << 30
 _BLOCK = 1 << 22  # random numbers
@@ -163,7 +179,8 @@ def weights(config: dict[str, Any]) -> Iterator[Weight]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim") or hidden // heads
     width, kv_width = heads * head, kv_heads * head
-    experts = config.get("num_experts") or config["num_local_experts"]
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next(config[name] for name in counts if name in config)
     expert_width = config.get("moe_intermediate_size") or config["intermediate_size"]
     mixtral = family == "mixtral"
     yield _matrix("model.embed_tokens", config["vocab_size"], hidden)
@@ -176,11 +193,17 @@ def weights(config: dict[str, Any]) -> Iterator[Weight]:
             whole = family == "olmoe"
             yield _norm(f"{attention}.q_norm", width if whole else head)
             yield _norm(f"{attention}.k_norm", kv_width if whole else head)
-        for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
-            yield _matrix(f"{attention}.{name}", out, hidden)
-            if family in ("qwen2_moe", "gpt_oss"):
-                yield Weight(f"{attention}.{name}.bias", (out,), 0.0, 0.1)
-        yield _matrix(f"{attention}.o_proj", hidden, width)
+        if family == "deepseek_v2":
+            yield from _latent_attention(attention, config)
+        else:
+            for name, out in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
+                yield _matrix(f"{attention}.{name}", out, hidden)
+                if family in ("qwen2_moe", "gpt_oss"):
+                    yield Weight(f"{attention}.{name}.bias", (out,), 0.0, 0.1)
+            yield _matrix(f"{attention}.o_proj", hidden, width)
+        if layer < config.get("first_k_dense_replace", 0):
+            yield from _mlp(f"{prefix}.mlp", hidden, config["intermediate_size"], _GATED)
+            continue
         if family == "gpt_oss":
             yield Weight(f"{attention}.o_proj.bias", (hidden,), 0.0, 0.1)
             yield Weight(f"{attention}.sinks", (heads,), 0.0, 1.0)
@@ -199,8 +222,21 @@ def weights(config: dict[str, Any]) -> Iterator[Weight]:
             shared = config["shared_expert_intermediate_size"]
             yield from _mlp(f"{block}.shared_expert", hidden, shared, _GATED)
             yield _matrix(f"{block}.shared_expert_gate", 1, hidden)
+        if shared := config.get("n_shared_experts", 0):
+            yield from _mlp(f"{block}.shared_experts", hidden, shared * expert_width, _GATED)
     yield _norm("model.norm", hidden)
     yield _matrix("lm_head", config["vocab_size"], hidden)
+
+
+def _latent_attention(prefix: str, config: dict[str, Any]) -> Iterator[Weight]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    rank, rotary = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    plain, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    yield _matrix(f"{prefix}.q_proj", heads * (plain + rotary), hidden)
+    yield _matrix(f"{prefix}.kv_a_proj_with_mqa", rank + rotary, hidden)
+    yield _norm(f"{prefix}.kv_a_layernorm", rank)
+    yield _matrix(f"{prefix}.kv_b_proj", heads * (plain + value), rank)
+    yield _matrix(f"{prefix}.o_proj", hidden, heads * value)
 
 
 def _mlp(prefix: str, hidden: int, width: int, names: tuple[str, str, str]) -> Iterator[Weight]:

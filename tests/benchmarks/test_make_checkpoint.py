@@ -17,7 +17,10 @@ SMALL = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
-NARROW = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 32}
+NARROW = {
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 32,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(make_checkpoint.CONFIGS))
@@ -26,6 +29,8 @@ def test_a_checkpoint_of_every_name_is_one_that_can_be_exported(
 ) -> None:
     config = dict(make_checkpoint.CONFIGS[name]) | SMALL
     config |= {key: value for key, value in NARROW.items() if key in config}
+    if "kv_lora_rank" in config:  # each head has a key of its own
+        config["num_key_value_heads"] = config["num_attention_heads"]
     monkeypatch.setitem(make_checkpoint.CONFIGS, name, config)
     monkeypatch.setattr(make_checkpoint, "SHARD_BYTES", 1 << 18)
     out = tmp_path / "checkpoint"

@@ -281,8 +281,8 @@ def packed(ending: str, method: str) -> tuple[Break, dict[str, str]]:
 
 
 def float8(stated: dict[str, Any]) -> None:
-    """A tensor in 8 bits, as fp8 checkpoints have them."""
-    next(iter(stated.values()))["dtype"] = "F8_E4M3"
+    """A tensor of 8-bit powers of two, as some quantised checkpoints have their scales in."""
+    next(iter(stated.values()))["dtype"] = "F8_E8M0"
 
 
 KINDS: dict[str, tuple[Break, dict[str, str]]] = {
@@ -309,9 +309,9 @@ KINDS: dict[str, tuple[Break, dict[str, str]]] = {
     "compressed-tensors, unsaid": packed(".weight_packed", "compressed-tensors"),
     "fp8, unsaid": packed(".weight_scale_inv", "fp8"),
     "bitsandbytes, unsaid": packed(".weight.absmax", "bitsandbytes"),
-    "tensors of 8-bit floats": (
+    "tensors of 8-bit powers of two": (
         header(float8),
-        {"where": SECOND, "problem": "has an unsupported dtype", "found": "F8_E4M3",
+        {"where": SECOND, "problem": "has an unsupported dtype", "found": "F8_E8M0",
          "fix": "if it is quantised, take the one it was made from"},
     ),
 }  # fmt: skip
