@@ -47,6 +47,7 @@ from .texts import TokenText, read_text
 
 DEFAULT_MAX_TOKENS = 6000
 SWITCH_SHARE = 0.25  # tokens of text that changes its subject, of those of either text
+LEAST_PASSAGES = 12  # if the texts have as many, whatever their tokens
 MAX_SEEN = 0.1  # share of a text's sequences that may be in the memory
 
 
@@ -186,7 +187,7 @@ def calibrate(
 
     passages = {name: whole(text) for name, text in texts.items()}
     room = None if max_tokens is None else math.ceil(SWITCH_SHARE * max_tokens)
-    switches = joined(texts["domain"], texts["general"], room)
+    switches = joined(texts["domain"], texts["general"], room, least=LEAST_PASSAGES)
     if len(switches) >= MIN_SEQUENCES:
         passages["switch"] = switches
     background = background_of(opened)

@@ -35,13 +35,16 @@ def whole(text: TokenText) -> tuple[Passage, ...]:
     return tuple(Passage(s.tokens, 1, s.document) for s in text.sequences)
 
 
-def joined(domain: TokenText, general: TokenText, max_tokens: int | None) -> tuple[Passage, ...]:
+def joined(
+    domain: TokenText, general: TokenText, max_tokens: int | None, *, least: int = 0
+) -> tuple[Passage, ...]:
     """The first half of a domain sequence, then that of a general one, whose half is scored.
 
     Args:
         domain: Read in turn; sequences too short for two halves are passed over.
         general: The same.
         max_tokens: Of all passages at most, whole ones; None for all.
+        least: So many passages are taken whatever their tokens, if there are as many.
     """
     before, after = (
         [s for s in text.sequences if len(s.tokens) // 2 >= LEAST_TOKENS]
@@ -53,7 +56,7 @@ def joined(domain: TokenText, general: TokenText, max_tokens: int | None) -> tup
         halves = [s.tokens[: len(s.tokens) // 2] for s in (left, right)]
         passage = Passage(np.concatenate(halves), len(halves[0]), right.document)
         total += passage.read
-        if max_tokens is not None and total > max_tokens:
+        if max_tokens is not None and total > max_tokens and len(passages) >= least:
             break
         passages.append(passage)
     return tuple(passages)

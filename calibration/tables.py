@@ -150,6 +150,8 @@ def print_calibration(report: CalibrationReport) -> None:
     if report.law is not None:
         sizes = zip(report.law.tokens, report.law.changes, strict=True)
         console.print("By reference tokens: " + ", ".join(f"{n:,} {c:+.4f}" for n, c in sizes))
+    if report.switch is None:
+        console.print("Changes of subject were not measured: too few sequences are long enough.")
     sequences = [name for name, unit in report.drawn.items() if unit == "sequences"]
     if sequences:
         console.print(

@@ -29,6 +29,7 @@ def test_whole_passages_are_kept_within_the_room() -> None:
     assert len(joined(domain, general, None)) == 3
     assert len(joined(domain, general, 20)) == 2
     assert joined(domain, general, 5) == ()
+    assert len(joined(domain, general, 5, least=2)) == 2
 
 
 def test_other_text_is_scored_from_its_second_token_on() -> None:
