@@ -111,6 +111,11 @@ class Teacher:
         """Tokens the model has embeddings for."""
         return int(self.model.get_input_embeddings().num_embeddings)
 
+    @property
+    def routers(self) -> tuple[Module, ...]:
+        """The modules whose logits can be changed."""
+        return tuple(self._routers.values())
+
     def logits(self, token_ids: Tensor, correct: Correction | None = None) -> Tensor:
         """Logits [B, S, V] for token ids [B, S], each router's logits passed through `correct`.
 

@@ -26,6 +26,12 @@ class LazyGroup(click.Group):
     """
 
     lazy: dict[str, tuple[str, str, str, str]] = {  # noqa: RUF012 - a constant
+        "compare": (
+            "knnmoe.calibration.comparison.cli",
+            "compare",
+            "A memory beside the alternatives, on your own text.",
+            "train",
+        ),
         "engines": (
             "knnmoe.export.engines.cli",
             "engines",
