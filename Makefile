@@ -10,10 +10,14 @@ BIN := .venv/bin
 TEXTS := build/demo/texts
 RUN := $(BIN)/python
 
-.PHONY: demo test test-all lint test-main test-runtime texts train clean
+.PHONY: compare demo test test-all lint test-main test-runtime texts train clean
 
 demo: .venv/ready texts
 	$(RUN) examples/demo/demo.py --texts $(TEXTS)
+
+# The demo's memory beside fine-tuning, kNN-LM, controls and the bound (after `make demo`).
+compare:
+	$(RUN) benchmarks/compare_demo.py
 
 test: lint test-main test-runtime
 

@@ -146,7 +146,7 @@ def paired_bars(
             )  # fmt: skip
     if level is not None:
         parts.append(E("line", x1=0.0, x2=width, y1=y(level), y2=y(level), class_="level"))
-    every = math.ceil(len(pairs) / 8)
+    every = max(math.ceil(len(pairs) / 8), 1)
     parts += [
         E("text", str(number), x=(number + 0.5) * slot, y=height - 5, text_anchor="middle")
         for number in range(0, len(pairs), every)
