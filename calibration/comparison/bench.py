@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from knnmoe.runtime.evaluation import DEFAULT_CONTEXT, score_sequences
 from knnmoe.runtime.memory import EntryOrigins, MemoryPack
 from knnmoe.runtime.model import Model
 
+from ..chat import ChatTemplate
+from ..corpus import Corpus
 from ..overlap import seen_sequences
-from ..texts import TokenText, read_text
+from ..references import Reference
+from ..texts import TokenSequence, TokenText, read_text
 
 DEFAULT_MAX_TOKENS = 10_000
 VALIDATION_TOKENS = 4_000
@@ -122,9 +125,7 @@ def open_bench(
             files, model.tokenizer, vocab_size=shape.vocab_size, max_length=length, max_tokens=limit
         )
 
-    stated = _stated_reference(pack)
-    reference = read(inputs.reference, stated.get("tokens"), stated.get("max_length", context))
-    _check_reference(pack, stated, reference)
+    reference = _read_reference(inputs, model, _stated_reference(pack), context, scratch)
     validation = read(inputs.validation, VALIDATION_TOKENS, context)
     tests = {DOMAIN: read(inputs.text, max_tokens, context)}
     if inputs.general:
@@ -161,16 +162,37 @@ def _stated_reference(pack: MemoryPack) -> dict[str, Any]:
     }
 
 
-def _check_reference(pack: MemoryPack, stated: Mapping[str, Any], reference: TokenText) -> None:
-    if stated.get("sha256", reference.sha256) != reference.sha256:
+def _read_reference(
+    inputs: Inputs, model: Model, stated: Mapping[str, Any], context: int, scratch: Path
+) -> TokenText:
+    """The reference text as the memory was built from it, whole documents credited."""
+    corpus = Corpus.read(
+        [Reference.parse(file) for file in inputs.reference],
+        model.tokenizer,
+        vocab_size=model.bundle.manifest.architecture.vocab_size,
+        max_length=stated.get("max_length", context),
+        max_tokens=stated.get("tokens"),
+        render=ChatTemplate.load(inputs.checkpoint).documents,
+        spool=scratch,
+    )
+    if stated.get("sha256", corpus.sha256) != corpus.sha256:
         raise InputError(
-            ", ".join(reference.names),
+            ", ".join(corpus.names),
             "is not the text that the memory was built from",
             expected=f"sha256 {stated['sha256']}",
-            found=reference.sha256,
-            fix=f"Give --reference the files that {pack.path.name} was built from, in their order:"
-            " every row learns from the same text.",
+            found=corpus.sha256,
+            fix=f"Give --reference the files that {inputs.memory.name} was built from, in their"
+            " order: every row learns from the same text.",
         )
+    sequences = tuple(
+        TokenSequence(
+            corpus.piece(number).tokens.astype(np.int64),
+            int(corpus.index.documents[number]),
+            int(corpus.index.positions[number]),
+        )
+        for number in range(len(corpus.index))
+    )
+    return TokenText(sequences, corpus.names, corpus.documents, corpus.sha256)
 
 
 def _check_apart(
@@ -206,8 +228,12 @@ def _check_apart(
 
 def _as_origins(text: TokenText) -> EntryOrigins:
     """A text as a memory would name its entries."""
-    parts = [
-        (s.tokens, np.full(len(s.tokens), s.document), s.position + np.arange(len(s.tokens)))
-        for s in text.sequences
-    ]
-    return EntryOrigins(*(np.concatenate(p).astype(np.int32) for p in zip(*parts, strict=True)))
+
+    def joined(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int32]:
+        return np.concatenate(list(parts)).astype(np.int32)
+
+    return EntryOrigins(
+        token_ids=joined(s.tokens for s in text.sequences),
+        documents=joined(np.full(len(s.tokens), s.document) for s in text.sequences),
+        positions=joined(s.position + np.arange(len(s.tokens)) for s in text.sequences),
+    )
