@@ -69,7 +69,8 @@ class Controls:
     """What the domain's change is made of, nats a token; the chosen settings throughout.
 
     Attributes:
-        constant: With one correction a gate, the mean residual, in the place of what is retrieved.
+        constant: With one correction a gate in the place of what is retrieved: the mean residual,
+            or the mean value of the variant chosen, whichever is better.
         retrieval: The memory's change minus that: what looking entries up adds.
         shuffled: With every entry's values at another entry. Only with `thorough`.
     """
@@ -198,7 +199,7 @@ def calibrate(
     # Of the domain alone: the constant control, and with `thorough` the shuffled one and the law.
     bench = Bench(
         model, opened, passages, background, progress,
-        candidates=len(wanted) + extra, domain_runs=1 + thorough * len(SHARES),
+        candidates=len(wanted) + extra, domain_runs=2 + thorough * len(SHARES),
     )  # fmt: skip
 
     evidence = bench.evidence(most)
@@ -322,7 +323,11 @@ def _controls(
     def interval(deltas: Any) -> Interval:
         return interval_of(deltas, domain.tokens, domain.documents)
 
-    constant = bench.change("domain", without_retrieval(applied, background))
+    constants = [bench.change("domain", without_retrieval(applied, background))]
+    if applied.variant != "residual":
+        alike = without_retrieval(applied, background, same_variant=True)
+        constants.append(bench.change("domain", alike))
+    constant = min(constants, key=lambda change: float(change @ domain.tokens))
     moved = bench.change("domain", shuffled(applied, background)) if thorough else None
     return Controls(
         interval(constant),

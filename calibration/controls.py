@@ -53,11 +53,14 @@ def changed(pack: MemoryPack, change: Change) -> ChangedPack:
     return ChangedPack(**vars(pack), change=change)
 
 
-def without_retrieval(pack: MemoryPack, background: Background) -> ChangedPack:
+def without_retrieval(
+    pack: MemoryPack, background: Background, *, same_variant: bool = False
+) -> ChangedPack:
     """As confident as the memory, but with one correction a gate, the mean residual.
 
     What this gains is a constant bias of the router, for which nobody has to search. Entries of
-    background text keep their residual of zero.
+    background text keep their residual of zero. With `same_variant` it is the mean value of
+    whatever variant the pack has: interpolating towards mean logits is no retrieval either.
     """
 
     def change(gate: int, memory: GateMemory) -> GateMemory:
@@ -65,8 +68,10 @@ def without_retrieval(pack: MemoryPack, background: Background) -> ChangedPack:
         mean = memory.values[learned].mean(axis=0)
         return replace(memory, values=np.where(learned[:, None], mean, memory.values))
 
-    numbers = {g.gate: g.calibration.with_variant("residual") for g in pack.gates}
-    return changed(pack.with_settings(variant="residual", calibration=numbers), change)
+    if not same_variant:
+        numbers = {g.gate: g.calibration.with_variant("residual") for g in pack.gates}
+        pack = pack.with_settings(variant="residual", calibration=numbers)
+    return changed(pack, change)
 
 
 def shuffled(pack: MemoryPack, background: Background, seed: int = 0) -> ChangedPack:
