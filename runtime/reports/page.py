@@ -48,7 +48,7 @@ tr.best td { background: var(--shade); }
 figure { margin: 0; } figcaption b { color: var(--ink); }
 svg { display: block; max-width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
-svg.interval { overflow: visible; }
+svg.interval { overflow: visible; min-width: 13.5rem; }
 svg.interval text { font-size: 14px; }
 .zero, .axis { stroke: var(--line); } .zero { stroke: var(--soft); stroke-dasharray: 2 2; }
 .whisker { stroke: var(--kind, var(--soft)); stroke-width: 2; }
