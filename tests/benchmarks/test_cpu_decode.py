@@ -70,6 +70,6 @@ def test_bytes_of_a_token_are_those_of_its_experts_and_not_of_the_embedding(
 
 
 def test_a_contender_that_cannot_start_says_why() -> None:
-    peer = cpu_decode.Peer("none", "knnmoe", ("/nowhere", 1, 0, "auto"), 0.0)
+    peer = cpu_decode.Peer("none", "knnmoe", ("/nowhere", 1, 0, "auto", {}, None), 0.0)
     with pytest.raises(RuntimeError, match=r"ended with 1: .*nowhere"), cpu_decode.started(peer):
         pass
