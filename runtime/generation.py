@@ -1,38 +1,21 @@
-"""The decode loop: prefill, then one step a token, and where a text ends."""
+"""What a generated text is made of, token by token, and where it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .sampling import GenerationConfig, Sampler
+from .sampling import GenerationConfig, Sampler, likeliest_tokens
 from .tokenizer import TextStream
 
-FinishReason = Literal["eos", "stop", "length"]
-
-
-class Steps(Protocol):
-    """What the loop asks of a pipeline."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Width V of the logits."""
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens a sequence can have, prompt and text together."""
-
-    def new_cache(self, batch: int, capacity: int) -> Any:
-        """An empty cache."""
-
-    def step(self, cache: Any, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Advance the cache by ids [B, S] and return the logits [B, V] after the last of each."""
+FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
+Interruption = Literal["cancelled", "deadline"]
 
 
 class Decoder(Protocol):
@@ -46,20 +29,27 @@ class Decoder(Protocol):
 class Event:
     """One generated token.
 
+    A text that is interrupted (cancelled, out of time) ends with an event without a token, which
+    carries what of the text was held back.
+
     Attributes:
         index: 0 for the first new token.
-        token_id: The token.
+        token_id: The token; None where the text was interrupted.
         text: What of the text is now certain: whole characters, and nothing that may yet turn out
             to be a stop string. Often empty; the pieces joined are the text.
-        logprob: Natural log of the token's probability in the model's own distribution.
+        logprob: Natural log of the token's probability in the model's own distribution, before
+            temperature and all else; NaN without a token.
         finish_reason: None until the last event.
+        alternatives: The likeliest tokens with their log-probabilities, as many as
+            `GenerationConfig.top_logprobs` asks for, the likeliest first.
     """
 
     index: int
-    token_id: int
+    token_id: int | None
     text: str
     logprob: float
     finish_reason: FinishReason | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,9 +73,11 @@ class Completion:
         token_ids: All tokens generated, also the one that ended the text.
         logprobs: One a token.
         finish_reason: `eos`: the model ended the text; `stop`: a stop string did; `length`:
-            `max_new_tokens` or the model's context ran out.
+            `max_new_tokens` or the model's context ran out; `cancelled`, `deadline`: it was
+            interrupted, perhaps before the first token.
         prompt_tokens: Tokens of the prompt.
         timings: How long it took.
+        alternatives: By token, see `Event.alternatives`.
     """
 
     text: str
@@ -94,82 +86,118 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     timings: Timings
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-def stream(
-    pipeline: Steps, tokenizer: Decoder, prompt_ids: Sequence[int], config: GenerationConfig
-) -> Iterator[Event]:
-    """Generate: one event a token, the last with its finish reason.
+class Writer:
+    """Turns the logits of one sequence into its events.
 
-    The prompt is checked now; the model runs as events are asked for.
-
-    Raises:
-        InputError: If the prompt is empty, fills the context, or has ids outside the vocabulary.
+    Args:
+        config: How tokens are chosen and when to stop.
+        text: Decodes the tokens.
+        vocab_size: Width V of the logits.
+        prompt_ids: What the repetition penalty counts as said.
+        budget: Tokens at most.
     """
-    prompt = check_prompt(prompt_ids, pipeline.vocab_size, pipeline.max_positions)
-    budget = min(config.max_new_tokens, pipeline.max_positions - prompt.shape[1])
-    return _decode(pipeline, tokenizer.stream(), prompt, config, budget)
 
+    def __init__(
+        self,
+        config: GenerationConfig,
+        text: TextStream,
+        vocab_size: int,
+        prompt_ids: Sequence[int],
+        budget: int,
+    ) -> None:
+        self._sampler = Sampler(config, vocab_size, prompt_ids)
+        self._stops = StopStrings(config.stop)
+        self._eos = frozenset(config.eos_token_ids)
+        self._alternatives = config.top_logprobs
+        self._text = text
+        self._budget = budget
+        self._index = 0
 
-def _decode(
-    pipeline: Steps,
-    text: TextStream,
-    prompt: NDArray[np.int64],
-    config: GenerationConfig,
-    budget: int,
-) -> Iterator[Event]:
-    cache = pipeline.new_cache(1, prompt.shape[1] + budget)
-    sampler = Sampler(config, pipeline.vocab_size, prompt[0].tolist())
-    stops = StopStrings(config.stop)
-    eos = frozenset(config.eos_token_ids)
-    token = np.empty((1, 1), np.int64)
-    logits = pipeline.step(cache, prompt)
-    for index in range(budget):
-        token_id, logprob = sampler.choose(logits[0])
+    def next(self, logits: NDArray[np.float32]) -> Event:
+        """Choose a token by its logits [V] fp32.
+
+        Raises:
+            BackendError: If the logits are not numbers.
+        """
+        token_id, logprob = self._sampler.choose(logits)
         reason: FinishReason | None = None
         piece = ""
-        if token_id in eos:
+        if token_id in self._eos:
             reason = "eos"
         else:
-            piece = text.push(token_id)
-            if index + 1 == budget:
+            piece = self._text.push(token_id)
+            if self._index + 1 == self._budget:
                 reason = "length"
         if reason is not None:
-            piece += text.finish()
-        piece, stopped = stops.push(piece)
+            piece += self._text.finish()
+        piece, stopped = self._stops.push(piece)
         if stopped:
             reason = "stop"
         elif reason is not None:
-            piece += stops.finish()
-        yield Event(index, token_id, piece, logprob, reason)
-        if reason is not None:
-            return
-        token[0, 0] = token_id
-        logits = pipeline.step(cache, token)
+            piece += self._stops.finish()
+        likeliest = likeliest_tokens(logits, self._alternatives) if self._alternatives else ()
+        event = Event(self._index, token_id, piece, logprob, reason, likeliest)
+        self._index += 1
+        return event
+
+    def interrupted(self, reason: Interruption) -> Event:
+        """The last event of a text that is given up."""
+        piece, stopped = self._stops.push(self._text.finish())
+        if not stopped:
+            piece += self._stops.finish()
+        return Event(self._index, None, piece, float("nan"), reason)
 
 
 def collect(events: Iterable[Event], prompt_tokens: int) -> Completion:
     """Run a stream to its end; the clock starts here."""
-    start = first = perf_counter()
+    watch = Stopwatch()
     seen: list[Event] = []
     for event in events:
-        if not seen:
-            first = perf_counter()
+        watch.tick()
         seen.append(event)
-    end = perf_counter()
-    reason = seen[-1].finish_reason
-    assert reason is not None  # every stream ends with one
+    return completion(seen, prompt_tokens, watch.timings())
+
+
+class Stopwatch:
+    """Times a text: starts when it is made, ticks at each event."""
+
+    def __init__(self) -> None:
+        self._start = self._first = self._last = perf_counter()
+        self._ticks = 0
+
+    def tick(self) -> None:
+        """An event came."""
+        self._last = perf_counter()
+        if not self._ticks:
+            self._first = self._last
+        self._ticks += 1
+
+    def timings(self) -> Timings:
+        """Of what came so far."""
+        after = self._last - self._first
+        return Timings(
+            first_token_ms=(self._first - self._start) * 1e3,
+            total_ms=(self._last - self._start) * 1e3,
+            tokens_per_s=(self._ticks - 1) / after if self._ticks > 1 else None,
+        )
+
+
+def completion(events: Sequence[Event], prompt_tokens: int, timings: Timings) -> Completion:
+    """All events of a text as one."""
+    reason = events[-1].finish_reason
+    assert reason is not None  # every text ends with one
+    tokens = [event for event in events if event.token_id is not None]
     return Completion(
-        text="".join(event.text for event in seen),
-        token_ids=tuple(event.token_id for event in seen),
-        logprobs=tuple(event.logprob for event in seen),
+        text="".join(event.text for event in events),
+        token_ids=tuple(event.token_id for event in tokens if event.token_id is not None),
+        logprobs=tuple(event.logprob for event in tokens),
         finish_reason=reason,
         prompt_tokens=prompt_tokens,
-        timings=Timings(
-            first_token_ms=(first - start) * 1e3,
-            total_ms=(end - start) * 1e3,
-            tokens_per_s=(len(seen) - 1) / (end - first) if len(seen) > 1 else None,
-        ),
+        timings=timings,
+        alternatives=tuple(event.alternatives for event in tokens),
     )
 
 
@@ -177,6 +205,21 @@ def check_prompt(
     prompt_ids: Sequence[int], vocab_size: int, max_positions: int
 ) -> NDArray[np.int64]:
     """The prompt as [1, S] int64, or `InputError` if it cannot be continued."""
+    ids = check_tokens(prompt_ids, vocab_size)
+    if len(ids) >= max_positions:
+        raise InputError(
+            "prompt",
+            "too long for this model's context",
+            expected=f"at most {max_positions - 1} tokens (context {max_positions}, "
+            "one of them for the answer)",
+            found=f"{len(ids)} tokens",
+            fix=f"Shorten the prompt by {len(ids) - max_positions + 1} tokens or more.",
+        )
+    return ids[None, :]
+
+
+def check_tokens(prompt_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
+    """Token ids as [S] int64, or `InputError` if they are none of this vocabulary."""
     ids = np.asarray(prompt_ids)
     if ids.size == 0:
         raise InputError("prompt", "empty", expected="at least one token")
@@ -195,16 +238,7 @@ def check_prompt(
             expected=f"0 to {vocab_size - 1}",
             found=int(wrong),
         )
-    if len(ids) >= max_positions:
-        raise InputError(
-            "prompt",
-            "too long for this model's context",
-            expected=f"at most {max_positions - 1} tokens (context {max_positions}, "
-            "one of them for the answer)",
-            found=f"{len(ids)} tokens",
-            fix=f"Shorten the prompt by {len(ids) - max_positions + 1} tokens or more.",
-        )
-    return ids.astype(np.int64)[None, :]
+    return ids.astype(np.int64)
 
 
 class StopStrings:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from time import perf_counter_ns
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,14 +124,24 @@ class BoundStep(Protocol):
     def timed(self) -> dict[str, float]:
         """Run it part by part: the milliseconds of each by name, in order."""
 
+    def first_nonfinite(self) -> str | None:
+        """Run it part by part up to the first that leaves numbers that are not finite: its name."""
+
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a step in the order they run, and what the gates left if traced."""
+    """The parts of a step in the order they run, and what the gates left if traced.
+
+    Attributes:
+        names, runs: One a part.
+        records: One a gate, if traced.
+        outputs: By part, the fp32 arrays it leaves for the next; caches are not among them.
+    """
 
     names: tuple[str, ...]
     runs: tuple[Run, ...]
     records: tuple[GateRecord, ...]
+    outputs: tuple[tuple[Array, ...], ...]
 
     def timed(self, wait: Run) -> dict[str, float]:
         """Run the parts, waiting for each: their milliseconds by name."""
@@ -142,6 +152,18 @@ class Parts:
             stamps.append(perf_counter_ns())
         spans = zip(self.names, stamps, stamps[1:], strict=False)
         return {name: (end - start) / 1e6 for name, start, end in spans}
+
+    def first_nonfinite(self, fetch: Callable[[Array], NDArray[Any]]) -> str | None:
+        """Run the parts up to the first that leaves NaN or infinite numbers: its name.
+
+        Args:
+            fetch: Waits for an array and brings it to the host.
+        """
+        for name, run, arrays in zip(self.names, self.runs, self.outputs, strict=True):
+            run()
+            if not all(np.isfinite(fetch(array)).all() for array in arrays):
+                return name
+        return None
 
 
 class Wiring(Protocol):
@@ -176,6 +198,12 @@ class Layout(Protocol):
     def forget(self, cache: Cache) -> None:
         """Set a cache's evidence back to none."""
 
+    def evidence(self, cache: Cache) -> NDArray[np.float32]:
+        """A cache's evidence [G, B, 2] on the host, a copy."""
+
+    def recall(self, cache: Cache, evidence: NDArray[np.float32]) -> None:
+        """Set a cache's evidence to what it was."""
+
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """Buffers on the host for steps of one shape."""
 
@@ -206,6 +234,10 @@ class HostStep:
         times = self.parts.timed(wait=lambda: None)
         self._take_over()
         return times
+
+    def first_nonfinite(self) -> str | None:
+        """See `BoundStep.first_nonfinite`."""
+        return self.parts.first_nonfinite(np.asarray)
 
     def _take_over(self) -> None:
         # A frozen ONNX gate leaves its zeros: it gathers no evidence.
@@ -242,6 +274,14 @@ class HostLayout:
         """See `Layout.forget`."""
         cache.states[...] = 0
 
+    def evidence(self, cache: Cache) -> NDArray[np.float32]:
+        """See `Layout.evidence`."""
+        return np.array(cache.states)
+
+    def recall(self, cache: Cache, evidence: NDArray[np.float32]) -> None:
+        """See `Layout.recall`."""
+        cache.states[...] = evidence
+
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """See `Layout.new_step`."""
         return StepBuffers.allocate(batch, length, rows, self.architecture.vocab_size)
@@ -269,6 +309,7 @@ class SplitWiring:
         names: list[str] = []
         runs: list[Run] = []
         records: list[GateRecord] = []
+        outs: list[tuple[Array, ...]] = []
         entering: dict[str, Array] = {}
         for index, engine in enumerate(self.segments):
             inputs = {**step.named(), **entering, **_past(cache, self.layers[index])}
@@ -277,6 +318,7 @@ class SplitWiring:
             leaving: dict[str, Array] = {"logits": step.logits} if last else next(flows)
             outputs |= {name if last else f"{name}_out": a for name, a in leaving.items()}
             names.append(f"segment {index}")
+            outs.append(tuple(leaving.values()))
             runs.append(engine.bind(inputs, outputs))
             if last:
                 break
@@ -294,6 +336,7 @@ class SplitWiring:
                 state_out=cache.states_out[index],
             )
             names.append(f"gate {index}")
+            outs.append((record.expert_weights,))
             runs.append(gate.bind(buffers, record.trace if traced else None))
             records.append(record)
             entering = {
@@ -302,7 +345,7 @@ class SplitWiring:
                 "expert_ids": record.expert_ids,
                 "expert_weights": record.expert_weights,
             }
-        return Parts(tuple(names), tuple(runs), tuple(records) if traced else ())
+        return Parts(tuple(names), tuple(runs), tuple(records) if traced else (), tuple(outs))
 
     def _flows(self, batch: int, length: int) -> Iterator[dict[str, Array]]:
         """Buffers between segments, two sets in turn: a segment reads one and writes the other."""
@@ -360,7 +403,7 @@ class FusedWiring:
                 outputs |= {f"{name}_{gate}": a for name, a in record.named().items()}
                 records.append(record)
         run = self.engine.bind(inputs, outputs)
-        return Parts(("fused",), (run,), tuple(records))
+        return Parts(("fused",), (run,), tuple(records), ((step.logits,),))
 
 
 def bias_inputs(selection_biases: Sequence[Array | None]) -> dict[str, Array]:

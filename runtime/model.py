@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .batch import generate_batch
 from .bundle import EXPORT_AGAIN, Bundle
 from .calibration import Similarity, Variant
 from .compressed import Memory
 from .devices import Device, open_backend
-from .errors import BundleError, InputError
-from .generation import Completion, Event, collect, stream
+from .errors import BackendError, BundleError, InputError
+from .generation import Completion, Event, check_prompt
 from .host import LayoutName, ModelBackend
 from .layouts import GateRecord, Layout
 from .manifest import parse_object
 from .memory import MemoryPack, ModelIdentity
+from .metrics import Meter, Metrics
 from .pipeline import Pipeline
 from .routing import RoutingRule
 from .sampling import GenerationConfig
 from .selection_bias import read_selection_biases
+from .session import Hooks, Overflow, Session
 from .tokenizer import Tokenizer
 
 
@@ -42,7 +49,8 @@ class RoutingTrace:
 class Model:
     """A loaded bundle. Make one with `Model.load`.
 
-    One model may serve several threads: each call that runs tokens uses a cache of its own.
+    One model may serve several threads: each call that runs tokens uses a cache of its own, and
+    weights and memory are shared. As a context manager, or with `close`, it is given up.
     """
 
     def __init__(self, bundle: Bundle, backend: ModelBackend) -> None:
@@ -51,9 +59,12 @@ class Model:
         self.tokenizer = Tokenizer.load(bundle.path)
         self.generation_config = _generation_config(bundle)
         self.memory: MemoryPack | None = None
-        self._backend = backend
+        self._backend: ModelBackend | None = backend
+        self._meter = Meter()
+        self._swapping = threading.Lock()
+        self._closing = threading.Event()
         self._selection_biases = read_selection_biases(bundle)
-        self.pipeline = Pipeline(self._layout(None))
+        self._pipeline: Pipeline | None = Pipeline(self._layout(None))
 
     @staticmethod
     def load(
@@ -123,6 +134,47 @@ class Model:
             model.swap_memory(pack if scale is None else _with_scale(pack, scale))
         return model
 
+    @staticmethod
+    async def aload(bundle: str | Path | Bundle, **options: Any) -> Model:
+        """As `load`, on a thread of its own, so that the event loop goes on."""
+        return await asyncio.to_thread(Model.load, bundle, **options)
+
+    def close(self) -> None:
+        """Give the model up: texts being written end as `cancelled`, later calls are refused.
+
+        A step that runs is finished. Weights and memory are free once no session is held any more.
+        """
+        self._closing.set()
+        with self._swapping:
+            self._backend = self._pipeline = self.memory = None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What runs the steps.
+
+        Raises:
+            BackendError: If the model was closed.
+        """
+        if self._pipeline is None:
+            raise self._closed()
+        return self._pipeline
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the model has done since it was loaded."""
+        return self._meter.read()
+
     @property
     def identity(self) -> ModelIdentity:
         """What a memory for this model must state."""
@@ -150,38 +202,103 @@ class Model:
         if memory is not None and not isinstance(memory, MemoryPack):
             memory = MemoryPack.open(memory)
             memory.check_calibrated()
-        layout = self._layout(memory)
-        self.pipeline.layout = layout
-        self.memory = memory
+        with self._swapping:
+            layout = self._layout(memory)
+            self.pipeline.layout = layout
+            self.memory = memory
+        self._meter.swapped()
 
     def disable_memory(self) -> None:
         """Route by the frozen router from the next step on."""
         self.swap_memory(None)
 
-    def generate(
+    def session(
         self,
-        prompt: str | Sequence[int],
         config: GenerationConfig | None = None,
-        **overrides: object,
+        *,
+        capacity: int | None = None,
+        overflow: Overflow = "refuse",
+        keep: int = 0,
+        hooks: Hooks | None = None,
+    ) -> Session:
+        """A text that is continued call by call and keeps its cache between them; see `Session`.
+
+        Raises:
+            SettingError: If an argument is out of its range.
+        """
+        return Session(
+            self.pipeline,
+            self.tokenizer,
+            config or self.generation_config,
+            capacity=capacity,
+            overflow=overflow,
+            keep=keep,
+            hooks=hooks,
+            meter=self._meter,
+            closing=self._closing,
+        )
+
+    def generate(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any
     ) -> Completion:
-        """Continue a prompt; `overrides` replace fields of the configuration.
+        """Continue a prompt.
+
+        Args:
+            prompt: Text or token ids.
+            config: Instead of the bundle's own.
+            options: `cancel` and `deadline_s` as in `Session.stream`; others replace fields of the
+                configuration.
 
         Raises:
             InputError: If the prompt is empty or longer than the context.
             SettingError: If an option is unknown or out of its range.
         """
-        ids, options = self._prompt(prompt), self._options(config, overrides)
-        return collect(stream(self.pipeline, self.tokenizer, ids, options), len(ids))
+        ids = self._prompt(prompt)
+        return self._once(ids, config, options).generate(ids, config, **options)
 
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        config: GenerationConfig | None = None,
-        **overrides: object,
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any
     ) -> Iterator[Event]:
         """As `generate`, one `Event` a token as it comes."""
-        ids, options = self._prompt(prompt), self._options(config, overrides)
-        return stream(self.pipeline, self.tokenizer, ids, options)
+        ids = self._prompt(prompt)
+        return self._once(ids, config, options).stream(ids, config, **options)
+
+    async def agenerate(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any
+    ) -> Completion:
+        """As `generate`, off the event loop."""
+        ids = self._prompt(prompt)
+        return await self._once(ids, config, options).agenerate(ids, config, **options)
+
+    async def astream(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any
+    ) -> AsyncIterator[Event]:
+        """As `stream`, off the event loop; see `Session.astream`."""
+        ids = self._prompt(prompt)
+        async for event in self._once(ids, config, options).astream(ids, config, **options):
+            yield event
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        config: GenerationConfig | None = None,
+        **overrides: object,
+    ) -> list[Completion]:
+        """Continue several prompts side by side, one step for all; each as it would be alone.
+
+        Raises:
+            InputError: If there is none, or one is empty or longer than the context.
+            SettingError: If an option is unknown or out of its range.
+        """
+        if not prompts:
+            raise InputError("prompts", "none given", expected="at least one")
+        return generate_batch(
+            self.pipeline,
+            self.tokenizer,
+            [self._prompt(prompt) for prompt in prompts],
+            (config or self.generation_config).with_overrides(**overrides),
+            self._meter,
+        )
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits after every token of one sequence: [T] → fp32 [T, V].
@@ -220,10 +337,21 @@ class Model:
             return list(self.tokenizer.encode(prompt))
         return [int(token) for token in prompt]
 
-    def _options(
-        self, config: GenerationConfig | None, overrides: dict[str, object]
-    ) -> GenerationConfig:
-        return (config or self.generation_config).with_overrides(**overrides)
+    def _once(
+        self, ids: list[int], config: GenerationConfig | None, options: dict[str, Any]
+    ) -> Session:
+        """A session with room for this one text."""
+        pipeline = self.pipeline
+        positions = pipeline.max_positions
+        check_prompt(ids, pipeline.vocab_size, positions)
+        asked = options.get("max_new_tokens")
+        chosen = (config or self.generation_config).with_overrides(max_new_tokens=asked)
+        return self.session(capacity=min(len(ids) + chosen.max_new_tokens, positions))
+
+    def _closed(self) -> BackendError:
+        return BackendError(
+            self.bundle.path, "the model was closed", fix="Load it again with `Model.load`."
+        )
 
     def _check_length(self, tokens: int) -> None:
         if not 1 <= tokens <= self.pipeline.max_positions:
@@ -236,6 +364,8 @@ class Model:
             )
 
     def _layout(self, memory: MemoryPack | None) -> Layout:
+        if self._backend is None:
+            raise self._closed()
         if memory is not None:
             memory.check_belongs_to(self.identity)
         rule = self.bundle.manifest.routing

@@ -48,6 +48,16 @@ class Pipeline:
         """Tokens a sequence can have."""
         return self.layout.architecture.max_positions
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens that a pass over one sequence takes at most."""
+        return self.layout.prefill_chunk
+
+    @property
+    def memory(self) -> object:
+        """Which memory routes: another object after each swap."""
+        return self.layout.memory
+
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache for B sequences of up to `capacity` tokens (default: all positions)."""
         size = self.max_positions if capacity is None else capacity
@@ -65,7 +75,8 @@ class Pipeline:
         Args:
             cache: Of B sequences.
             input_ids: [B, S] token ids, padded on the right with any valid id.
-            lengths: [B] how many of the S are real; all by default.
+            lengths: [B] how many of the S are real; all by default. A sequence that has ended may
+                have none in a step of one token.
             rows: `last`: logits [B, V] after each sequence's last real token; `all`: [B·S, V].
 
         Returns:
@@ -84,6 +95,34 @@ class Pipeline:
         plan = self._fill(layout, cache, ids, counts, rows)
         self._run(plan, cache, counts)
         return plan.buffers.logits
+
+    def evidence(self, cache: Cache) -> NDArray[np.float32]:
+        """What the gates know of the sequences so far, [G, B, 2] on the host; a copy."""
+        return self.layout.evidence(cache)
+
+    def rewind(self, cache: Cache, length: int, evidence: NDArray[np.float32] | None) -> None:
+        """Set every sequence back to its first `length` tokens.
+
+        Args:
+            cache: Of sequences that are at least as long.
+            length: Tokens that stay.
+            evidence: What `evidence` said then; None where nothing was known.
+        """
+        cache.lengths[:] = length
+        if evidence is None:
+            self.layout.forget(cache)
+        else:
+            self.layout.recall(cache, evidence)
+
+    def first_nonfinite(self, cache: Cache, input_ids: NDArray[np.int64]) -> str | None:
+        """Run a step part by part: the first part that leaves NaN or infinite numbers, or None.
+
+        The cache is of no use afterwards.
+        """
+        ids = np.asarray(input_ids, np.int64)
+        counts = np.full(cache.batch, ids.shape[1], np.int64)
+        plan = self._fill(self.layout, cache, ids, counts, "last")
+        return plan.bound.first_nonfinite()
 
     def timed_step(
         self, cache: Cache, input_ids: NDArray[np.int64], rows: Rows = "last"
@@ -136,11 +175,13 @@ class Pipeline:
         counts = np.full(cache.batch, ids.shape[1], np.int64)
         if lengths is not None:
             counts = np.asarray(lengths, np.int64)
-            if counts.shape != (cache.batch,) or counts.min() < 1 or counts.max() != ids.shape[1]:
+            least = 0 if ids.shape[1] == 1 else 1
+            short = counts.shape != (cache.batch,) or counts.min() < least
+            if short or counts.max() != ids.shape[1]:
                 raise InputError(
                     "lengths",
                     "out of range",
-                    expected=f"[{cache.batch}] from 1 to S, S at least once",
+                    expected=f"[{cache.batch}] from {least} to S, S at least once",
                     found=counts.tolist(),
                 )
         longest = int(cache.lengths.max()) + ids.shape[1]

@@ -39,6 +39,7 @@ class GenerationConfig:
         eos_token_ids: Tokens that end the text.
         stop: Strings that end the text; they are not part of it.
         seed: Of the draws, 0 or more; None draws a new one each time.
+        top_logprobs: How many of the likeliest tokens each event lists, 0 to 100.
 
     Raises:
         SettingError: If a field is of the wrong type or out of its range.
@@ -54,6 +55,7 @@ class GenerationConfig:
     eos_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         # Lists are welcome from JSON and callers; a frozen value holds tuples.
@@ -131,6 +133,7 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "top_p": (float, 0, 1, False),
     "min_p": (float, 0, 1, False),
     "repetition_penalty": (float, 0, 1e6, True),
+    "top_logprobs": (int, 0, 100, False),
 }
 
 _JSON_KEYS = {
@@ -159,7 +162,7 @@ def _check_number(
         return
     noun = "a whole number" if kind is int else "a number"
     bounds = f"{noun} above {low:g}" if open_low else f"{noun} of {low:g} or more"
-    if high == 1:
+    if high <= 100:
         bounds = f"{noun} from {low:g} to {high:g}"
     fix = None
     if name == "temperature" and number == 0:
@@ -220,6 +223,16 @@ class Sampler:
         steps = np.cumsum(probabilities)
         place = int(np.searchsorted(steps, self._random.random() * steps[-1], side="right"))
         return int(ids[min(place, len(ids) - 1)])
+
+
+def likeliest_tokens(logits: Logits, count: int) -> tuple[tuple[int, float], ...]:
+    """The likeliest tokens by logits [V] fp32 with their log-probabilities, likeliest first."""
+    count = min(count, len(logits))
+    ids = np.argpartition(logits, -count)[-count:]
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    highest = float(logits[ids[0]])
+    normalizer = highest + math.log(float(np.exp(logits - highest).sum(dtype=np.float64)))
+    return tuple((int(token), float(logits[token]) - normalizer) for token in ids)
 
 
 def penalize(logits: Logits, said: NDArray[np.bool_], penalty: float) -> Logits:

@@ -32,9 +32,18 @@ class FakePipeline:
             table[token, following] = 5.0
         return FakePipeline(table, max_positions)
 
+    prefill_chunk = 512
+    memory = None
+
     @property
     def vocab_size(self) -> int:
         return len(self.table)
+
+    def evidence(self, cache: FakeCache) -> NDArray[np.float32]:
+        return np.zeros((1, 1, 2), np.float32)
+
+    def rewind(self, cache: FakeCache, length: int, evidence: object) -> None:
+        cache.lengths[:] = length
 
     def new_cache(self, batch: int, capacity: int) -> FakeCache:
         self.capacities.append(capacity)

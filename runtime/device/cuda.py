@@ -96,6 +96,11 @@ class Cuda:
         """Copy from the device, on the stream; `synchronize` before reading."""
         self._copy(host.ctypes.data, device.data.ptr, host, device, _DEVICE_TO_HOST)
 
+    def fetch(self, device: Array) -> NDArray[Any]:
+        """A copy on the host of what the array holds once the current stream is empty."""
+        host: NDArray[Any] = device.get()
+        return host
+
     def copy(self, source: Array, target: Array) -> None:
         """Copy on the device, on the stream."""
         self._copy(target.data.ptr, source.data.ptr, source, target, _DEVICE_TO_DEVICE)

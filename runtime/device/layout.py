@@ -101,6 +101,11 @@ class DeviceStep:
         with self.cuda.lock, self.cuda.current():
             return self.parts.timed(wait=self.cuda.synchronize)
 
+    def first_nonfinite(self) -> str | None:
+        """See `BoundStep.first_nonfinite`."""
+        with self.cuda.lock, self.cuda.current():
+            return self.parts.first_nonfinite(self.cuda.fetch)
+
     def _launch(self) -> None:
         for run in self.parts.runs:
             run()
@@ -178,6 +183,16 @@ class DeviceLayout:
         with self._cuda.lock, self._cuda.current():
             cache.states[...] = 0
 
+    def evidence(self, cache: Cache) -> NDArray[np.float32]:
+        """See `Layout.evidence`."""
+        with self._cuda.lock, self._cuda.current():
+            return self._cuda.fetch(cache.states)
+
+    def recall(self, cache: Cache, evidence: NDArray[np.float32]) -> None:
+        """See `Layout.recall`; in the order of the stream."""
+        with self._cuda.lock, self._cuda.current():
+            cache.states[...] = self._cuda.cupy.asarray(evidence)
+
     def new_step(self, batch: int, length: int, rows: int) -> PackedStep:
         """See `Layout.new_step`; in pinned memory, for copies that wait for nobody."""
         vocab_size = self.architecture.vocab_size
@@ -205,6 +220,7 @@ class DeviceLayout:
             downloads.extend(zip(record.named().values(), kept.named().values(), strict=True))
             records.append(_shown(kept, self._shown(gate)))
         names = ("upload", *inner.names, "state", "download")
+        outputs = ((), *inner.outputs, (), ())
         runs: tuple[Run, ...] = (
             lambda: cuda.upload(step.block, there.block),
             *inner.runs,
@@ -212,7 +228,7 @@ class DeviceLayout:
             lambda: _each(cuda.download, downloads),
         )
         captured = self._capturable and length == 1 and not traced
-        return DeviceStep(cuda, Parts(names, runs, ()), tuple(records), captured)
+        return DeviceStep(cuda, Parts(names, runs, (), outputs), tuple(records), captured)
 
 
 def _each(copy: Callable[[Any, Any], None], pairs: list[tuple[Any, Any]]) -> None:

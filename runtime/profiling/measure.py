@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
-from ..generation import Steps
+from ..session import Steps
 
 DEFAULT_CONTEXT = 128
 DEFAULT_PROMPTS = (32, 128)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,12 +9,22 @@ from hypothesis import strategies as st
 
 from fake_pipeline import FakePipeline
 from knnmoe.runtime.errors import InputError
-from knnmoe.runtime.generation import Completion, Event, StopStrings, check_prompt, collect, stream
+from knnmoe.runtime.generation import Completion, Event, StopStrings, check_prompt, collect
 from knnmoe.runtime.sampling import GenerationConfig
+from knnmoe.runtime.session import Session
 from knnmoe.runtime.tokenizer import Tokenizer
 from tiny import write_tiny_tokenizer
 
 EOS = 256
+
+
+def stream(
+    pipeline: FakePipeline, tokenizer: Tokenizer, ids: list[int], config: GenerationConfig
+) -> Iterator[Event]:
+    """Write one text, with as much room as it can need."""
+    positions = pipeline.max_positions
+    capacity = max(2, min(len(ids) + config.max_new_tokens, positions))
+    return Session(pipeline, tokenizer, config, capacity=capacity).stream(ids)
 
 
 @pytest.fixture(scope="module")
