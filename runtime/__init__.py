@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from .generation import Completion as Completion
     from .generation import Event as Event
     from .memory import MemoryPack as MemoryPack
+    from .metrics import Metrics as Metrics
     from .model import Model as Model
     from .model import RoutingTrace as RoutingTrace
     from .sampling import GenerationConfig as GenerationConfig
+    from .session import Hooks as Hooks
+    from .session import Session as Session
+    from .session import StepRecord as StepRecord
 
 _HOMES = {
     "Bundle": "bundle",
@@ -26,10 +30,14 @@ _HOMES = {
     "Completion": "generation",
     "Event": "generation",
     "GenerationConfig": "sampling",
+    "Hooks": "session",
     "KnnMoeError": "errors",
     "MemoryPack": "memory",
+    "Metrics": "metrics",
     "Model": "model",
     "RoutingTrace": "model",
+    "Session": "session",
+    "StepRecord": "session",
 }
 __all__ = tuple(sorted(_HOMES))
 

@@ -125,7 +125,8 @@ class Session:
     conversation only what is new. After a swap of the memory the next call starts anew, so that
     the routing of a text is never that of two memories; a text that is being written goes on.
 
-    One thread at a time may use a session; sessions of one model run side by side.
+    Sessions of one model run side by side, each with a cache of its own. A session writes one text
+    at a time: a call, of whatever thread, ends the stream of the call before.
 
     Args:
         pipeline: The model's.
@@ -365,13 +366,7 @@ class Session:
 
     def _step(self, ids: list[int], call: int, count: TextCount) -> NDArray[np.float32]:
         hooks, tokens = self._hooks, np.array([ids], np.int64)
-        if not self._lock.acquire(blocking=False):
-            raise InputError(
-                "session",
-                "is in use by another thread",
-                fix="Give each thread a session of its own; they share the model.",
-            )
-        try:
+        with self._lock:
             if call != self._call:
                 raise InputError(
                     "session",
@@ -388,8 +383,6 @@ class Session:
             logits: NDArray[np.float32] = rows[-1]
             seconds = perf_counter() - start
             self._ids.extend(ids)
-        finally:
-            self._lock.release()
         count.step(len(ids), seconds)
         if hooks.on_step is not None:
             hooks.on_step(StepRecord(past, len(ids), seconds * 1e3))

@@ -13,10 +13,14 @@ PUBLIC = (
     "Completion",
     "Event",
     "GenerationConfig",
+    "Hooks",
     "KnnMoeError",
     "MemoryPack",
+    "Metrics",
     "Model",
     "RoutingTrace",
+    "Session",
+    "StepRecord",
 )
 
 
