@@ -23,6 +23,7 @@ from .generation import (
     Writer,
     check_prompt,
     check_tokens,
+    collect,
     completion,
 )
 from .layouts import GateRecord
@@ -226,12 +227,7 @@ class Session:
     ) -> Completion:
         """As `stream`, all at once."""
         ids = self._prompt(prompt)
-        stopwatch = Stopwatch()
-        events = []
-        for event in self.stream(ids, config, **options):
-            stopwatch.tick()
-            events.append(event)
-        return completion(events, len(ids), stopwatch.timings())
+        return collect(self.stream(ids, config, **options), len(ids))
 
     async def astream(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import ConfigNames, Family
+from knnmoe.export.architecture import Family
 from knnmoe.export.latent import LatentNames
 
-from .names import DEEPSEEK_LATENT, SELECTION_BIAS
+from .names import DEEPSEEK_ALIASES, DEEPSEEK_CONFIG, DEEPSEEK_LATENT, SELECTION_BIAS
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -14,24 +14,11 @@ DEEPSEEK_V3 = Family(
     score="sigmoid",
     group_score="top2",
     methods=(("noaux_tc", True),),
-    config=ConfigNames(
-        num_experts="n_routed_experts",
-        expert_width="moe_intermediate_size",
-        dense_width="intermediate_size",
-        shared_count="n_shared_experts",
-        first_dense="first_k_dense_replace",
-        routing_scale="routed_scaling_factor",
-        groups="n_group",
-        top_groups="topk_group",
-        method="topk_method",
-        further_layers="num_nextn_predict_layers",
+    config=replace(
+        DEEPSEEK_CONFIG,
         latent=LatentNames(interleaved="rope_interleave"),
     ),
-    aliases=(
-        ("num_experts", "n_routed_experts"),
-        ("num_local_experts", "n_routed_experts"),
-        ("num_mtp_layers", "num_nextn_predict_layers"),
-    ),
+    aliases=DEEPSEEK_ALIASES,
     # What transformers' DeepseekV3Config assumes where the file says nothing.
     defaults=(
         ("hidden_act", "silu"),

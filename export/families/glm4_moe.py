@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import ConfigNames, Family
+from knnmoe.export.architecture import Family
 
-from .names import ATTENTION, DEEPSEEK, SELECTION_BIAS
+from .names import ATTENTION, DEEPSEEK, DEEPSEEK_ALIASES, DEEPSEEK_CONFIG, SELECTION_BIAS
 
 GLM4_MOE = Family(
     name="glm4_moe",
@@ -23,25 +23,12 @@ GLM4_MOE = Family(
     methods=(("noaux_tc", True),),
     head_norms=True,
     free_head_size=True,
-    config=ConfigNames(
-        num_experts="n_routed_experts",
-        expert_width="moe_intermediate_size",
-        dense_width="intermediate_size",
-        shared_count="n_shared_experts",
-        first_dense="first_k_dense_replace",
-        routing_scale="routed_scaling_factor",
-        groups="n_group",
-        top_groups="topk_group",
-        method="topk_method",
+    config=replace(
+        DEEPSEEK_CONFIG,
         head_norms="use_qk_norm",
         rotated_share="partial_rotary_factor",
-        further_layers="num_nextn_predict_layers",
     ),
-    aliases=(
-        ("num_experts", "n_routed_experts"),
-        ("num_local_experts", "n_routed_experts"),
-        ("num_mtp_layers", "num_nextn_predict_layers"),
-    ),
+    aliases=DEEPSEEK_ALIASES,
     # What transformers' Glm4MoeConfig assumes where the file says nothing.
     defaults=(
         ("num_key_value_heads", 8),

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import TensorNames
+from knnmoe.export.architecture import ConfigNames, TensorNames
 
 LAYER = "model.layers.{layer}"
 ATTENTION = f"{LAYER}.self_attn"
@@ -50,3 +50,22 @@ DEEPSEEK_LATENT = replace(
     latent_up=f"{ATTENTION}.kv_b_proj.weight",
 )
 SELECTION_BIAS = f"{LAYER}.mlp.gate.e_score_correction_bias"
+
+# What DeepSeek-V3 calls the entries of its config, and those that follow it.
+DEEPSEEK_CONFIG = ConfigNames(
+    num_experts="n_routed_experts",
+    expert_width="moe_intermediate_size",
+    dense_width="intermediate_size",
+    shared_count="n_shared_experts",
+    first_dense="first_k_dense_replace",
+    routing_scale="routed_scaling_factor",
+    groups="n_group",
+    top_groups="topk_group",
+    method="topk_method",
+    further_layers="num_nextn_predict_layers",
+)
+DEEPSEEK_ALIASES = (
+    ("num_experts", "n_routed_experts"),
+    ("num_local_experts", "n_routed_experts"),
+    ("num_mtp_layers", "num_nextn_predict_layers"),
+)
