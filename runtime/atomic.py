@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: a temporary sibling, renamed into place."""
+"""What appears whole or not at all: a temporary sibling, renamed into place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError
@@ -63,6 +63,30 @@ def new_directory(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Write a file; one that is there is replaced, or stays as it was if that fails.
+
+    Raises:
+        OutputError: If it cannot be written there.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(
+            target,
+            f"cannot be written ({error.strerror})",
+            fix="Name a file in a directory that exists and that you may write to.",
+        ) from error
+    finally:
+        with suppress(OSError):  # it is gone, or never was there
+            temporary.unlink()
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:

@@ -100,5 +100,9 @@ class DeviceError(KnnMoeError):
     """The device refuses: no memory left, a failed launch, a shape beyond its engines."""
 
 
+class ProfileError(KnnMoeError):
+    """A profile record is damaged, or of another schema."""
+
+
 class VerificationError(KnnMoeError):
     """A computed result disagrees with its reference."""

@@ -204,6 +204,15 @@ class Fields:
             raise self.wrong(name, "malformed", expected="a finite number", found=found)
         return float(found)
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers."""
+        found = self.raw(name)
+        if not isinstance(found, list) or not all(
+            type(number) in (int, float) and math.isfinite(number) for number in found
+        ):
+            raise self.wrong(name, "malformed", expected="a list of finite numbers", found=found)
+        return [float(number) for number in found]
+
     def boolean(self, name: str) -> bool:
         """True or false."""
         found = self.raw(name)
