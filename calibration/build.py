@@ -23,7 +23,7 @@ from knnmoe.runtime.errors import BundleError, CheckpointError
 from knnmoe.runtime.memory import ENTRIES, MemoryPack, ModelIdentity, StoredTensors, write_pack
 from knnmoe.runtime.tokenizer import Tokenizer
 
-from .chat import ChatTemplate
+from .chat import Conversations
 from .corpus import Corpus
 from .deduplicate import Merging, find_merging, write_merged
 from .learners import Learners, Recipe, Result, Task, open_learners, resolved
@@ -221,7 +221,7 @@ def _read_texts(
             found=error.found,
             fix="Put the model's tokenizer.json beside its config.json.",
         ) from error
-    render = ChatTemplate.load(checkpoint.path).documents
+    render = Conversations.load(checkpoint.path).documents
 
     def read(files: Sequence[str | Path | Reference], max_tokens: int | None) -> Corpus:
         return Corpus.read(

@@ -1,8 +1,8 @@
-"""Conversations as text, by the chat template that belongs to the tokenizer.
+"""Conversations as reference text, by the chat template that belongs to the tokenizer.
 
-The template is rendered by transformers. Which part is the assistant's is found without the help of
-the template: what it writes for the messages before a reply, with the prompt for one, is the
-context; what it adds when the reply is there is the reply.
+Which part is the assistant's is found without the help of the template: what it writes for the
+messages before a reply, with the prompt for one, is the context; what it adds when the reply is
+there is the reply.
 """
 
 from __future__ import annotations
@@ -12,54 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knnmoe.runtime.errors import BackendError, CheckpointError, InputError
-from knnmoe.runtime.manifest import parse_object
+from knnmoe.runtime import chat
+from knnmoe.runtime.errors import CheckpointError, InputError
 
 from .references import Document, Span, check_unicode
 
 ASSISTANT = "assistant"
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True)
-class ChatTemplate:
-    """A tokenizer's chat template; use `ChatTemplate.load`.
+class Conversations:
+    """A checkpoint's chat template; use `Conversations.load`."""
 
-    Attributes:
-        directory: Where it comes from, for errors.
-        source: Jinja, or None if the tokenizer has none.
-        special: The special tokens that templates write by name.
-    """
-
-    directory: Path
-    source: str | None
-    special: dict[str, str]
+    template: chat.ChatTemplate
 
     @staticmethod
-    def load(directory: str | Path) -> ChatTemplate:
-        """From `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
+    def load(directory: str | Path) -> Conversations:
+        """The template of a checkpoint's tokenizer.
 
         Raises:
             CheckpointError: If a file is there and cannot be read.
         """
-        root = Path(directory)
-        config: dict[str, Any] = {}
-        path = root / "tokenizer_config.json"
-        try:
-            if path.is_file():
-                config = parse_object(path.read_bytes())
-            path = root / "chat_template.jinja"
-            found = path.read_text(encoding="utf-8") if path.is_file() else None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(path, "cannot be read", found=error) from error
-        source = found if found is not None else _stated(config.get("chat_template"))
-        special = {}
-        for name in _SPECIAL:
-            token = config.get(name)
-            content = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content, str):
-                special[name] = content
-        return ChatTemplate(root, source, special)
+        return Conversations(chat.ChatTemplate.load(directory, error=CheckpointError))
 
     def documents(self, where: str, record: dict[str, Any]) -> list[Document]:
         """A record with `messages` (and perhaps `tools`) as documents whose replies are credited.
@@ -104,43 +78,23 @@ class ChatTemplate:
         *,
         prompt: bool,
     ) -> str:
-        if self.source is None:
+        if self.template.source is None:
             raise CheckpointError(
-                self.directory,
+                self.template.directory,
                 "its tokenizer has no chat template, which conversations need",
                 expected="chat_template in tokenizer_config.json, or a file chat_template.jinja",
                 fix=f'Add the model\'s template, or give {where} as {{"text"}} or as '
                 '{"prompt", "completion"}.',
             )
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
-        except ModuleNotFoundError as error:
-            raise BackendError(
-                "chat templates",
-                f"need the package {error.name}, which is not installed",
-                fix="Run `pip install 'knnmoe[train]'`.",
-            ) from error
-        try:
-            render: Any = render_jinja_template
-            rendered = render(
-                conversations=[list(messages)],
-                tools=record.get("tools"),
-                chat_template=self.source,
+            return self.template.render(
+                messages,
                 add_generation_prompt=prompt,
-                **self.special,
+                tools=record.get("tools"),
+                may_be_empty=True,
             )
-        except ImportError as error:  # jinja2 is missing or too old
-            raise BackendError("chat templates", str(error).splitlines()[0]) from error
-        except Exception as error:  # a template may raise whatever it likes
-            raise InputError(
-                where,
-                f"the chat template refuses the conversation ({_first_line(error)})",
-                fix="Change the order or the roles of its messages.",
-            ) from error
-        # One conversation comes back as its text or, by version, as a list inside a tuple.
-        while not isinstance(rendered, str):
-            rendered = rendered[0]
-        return rendered
+        except InputError as error:
+            raise InputError(where, error.problem, found=error.found, fix=error.fix) from error
 
 
 def _checked(where: str, messages: Any) -> list[dict[str, Any]]:
@@ -169,17 +123,3 @@ def _checked(where: str, messages: Any) -> list[dict[str, Any]]:
             fix="Leave the line out.",
         )
     return messages
-
-
-def _stated(template: Any) -> str | None:
-    """`chat_template` is one template, or a list of named ones."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template
-                 if isinstance(entry, dict)}  # fmt: skip
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -32,6 +32,7 @@ from knnmoe.runtime.bundle import (
     describe_file,
     write_manifest,
 )
+from knnmoe.runtime.chat import TEMPLATE, TOKENIZER_CONFIG, TOOL_TEMPLATE, ChatTemplate
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError, OutputError, SettingError
 from knnmoe.runtime.selection_bias import TENSOR
@@ -53,7 +54,6 @@ from .weights import PlannedFile, PlannedTensor, plan_file, row_chunks
 
 FUSED_GATE = "cosine"  # the gate graph inside the fused layout
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # A bound on what is not weights: graphs, tokenizer, manifest.
 _REST_BYTES = 32 << 20
@@ -287,6 +287,7 @@ def export(
         for shard in linked:
             files[shard.relative_to(directory).as_posix()] = describe_file(shard)
         for name, content in planned.copies.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
             files[name] = describe_file(directory / name)
         manifest = Manifest(
@@ -444,6 +445,10 @@ def _copied_files(source: Checkpoint) -> dict[str, bytes]:
         path = source.path / name
         if path.is_file():
             copies[name] = path.read_bytes()
+    chat = ChatTemplate.load(source.path, error=CheckpointError)
+    for name, template in ((TEMPLATE, chat.source), (TOOL_TEMPLATE, chat.tool_source)):
+        if template is not None:
+            copies[name] = template.encode()
     if GENERATION_CONFIG not in copies:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         stated = {name: source.config[name] for name in names if name in source.config}

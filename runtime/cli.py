@@ -9,6 +9,7 @@ import click
 
 from .. import __version__
 from .cli_support import outcome
+from .commands.chat import chat
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.generate import generate
@@ -102,7 +103,7 @@ def main() -> None:
     """
 
 
-for command in (doctor, generate, evaluate, profile, trace):
+for command in (chat, doctor, generate, evaluate, profile, trace):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .batch import generate_batch
 from .bundle import EXPORT_AGAIN, Bundle
 from .calibration import Similarity, Variant
+from .chat import ChatTemplate, Message
 from .compressed import Memory
 from .devices import Device, open_backend
 from .errors import BackendError, BundleError, InputError
@@ -58,6 +59,7 @@ class Model:
         self.layout: LayoutName = backend.layout_name
         self.tokenizer = Tokenizer.load(bundle.path)
         self.generation_config = _generation_config(bundle)
+        self.chat_template = ChatTemplate.load(bundle.path, listed=bundle.manifest.files)
         self.memory: MemoryPack | None = None
         self._backend: ModelBackend | None = backend
         self._meter = Meter()
@@ -234,8 +236,38 @@ class Model:
             overflow=overflow,
             keep=keep,
             hooks=hooks,
+            template=self.chat_template,
             meter=self._meter,
             closing=self._closing,
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text, by the chat template of the bundle.
+
+        Its special tokens are in it: `tokenizer.encode_rendered` makes tokens of it. To reply to
+        it use `Session.chat`.
+
+        Args:
+            messages: `[{"role": "user", "content": "…"}, …]`.
+            add_generation_prompt: End with what begins a reply.
+            tools, variables: As in `Session.chat`.
+
+        Raises:
+            InputError: If messages are malformed, or the template refuses them.
+            BackendError: If the bundle has no chat template, or jinja2 is not installed.
+        """
+        return self.chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=variables,
         )
 
     def generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 from typing import Any, Literal, Protocol, get_args
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .asynchronous import iterate
+from .chat import ChatTemplate, Message, Turn, encode_turn
 from .errors import BackendError, InputError, SettingError
 from .generation import (
     Completion,
@@ -139,6 +140,7 @@ class Session:
             the last half of the capacity are read again, and the rest is forgotten.
         keep: Tokens at the start that sliding keeps: those of a system prompt.
         hooks: Whom to tell of each step.
+        template: Renders conversations; None: there are none.
         meter: Counts.
         closing: Ends the text as `cancelled` once it is set.
 
@@ -156,6 +158,7 @@ class Session:
         overflow: Overflow = "refuse",
         keep: int = 0,
         hooks: Hooks | None = None,
+        template: ChatTemplate | None = None,
         meter: Meter | None = None,
         closing: Cancel | None = None,
     ) -> None:
@@ -175,6 +178,9 @@ class Session:
         self._hooks = Hooks() if hooks is None else hooks
         self._meter = Meter() if meter is None else meter
         self._closing = closing
+        self._template = template
+        self._chat: tuple[str, list[int]] | None = None  # text and ids of the last conversation
+        self._text: tuple[list[int], list[int]] = ([], [])  # the last prompt, what was written
         self._cache: Any = None
         self._ids: list[int] = []
         self._snapshots: list[_Snapshot] = []
@@ -191,6 +197,7 @@ class Session:
         """Forget the text; an unfinished stream of this session ends."""
         with self._lock:
             self._call += 1
+            self._chat, self._text = None, ([], [])
             self._forget()
 
     def stream(
@@ -228,6 +235,62 @@ class Session:
         """As `stream`, all at once."""
         ids = self._prompt(prompt)
         return collect(self.stream(ids, config, **options), len(ids))
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """A conversation as the prompt for its next message; for `stream`, `generate`, `astream`.
+
+        Where it is the last conversation of this session with the reply and more, the reply's own
+        tokens are taken, so that what the cache holds is not run again.
+
+        Args:
+            messages, tools, variables: As in `ChatTemplate.render`.
+
+        Raises:
+            InputError: If messages are malformed, or the template refuses them.
+            BackendError: If the bundle has no chat template, or jinja2 is not installed.
+        """
+        if self._template is None:
+            raise BackendError("session", "has no chat template", fix="Use `Model.session`.")
+        text = self._template.render(messages, tools=tools, variables=variables)
+        last = None
+        prompt, written = self._text
+        if self._chat is not None and self._chat[1] == prompt:
+            last = Turn(self._chat[0], tuple(prompt), tuple(written))
+        ids = encode_turn(text, last, self._tokenizer)
+        self._chat = (text, ids)
+        return ids
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Reply to a conversation; give it again with the reply and more, and only that is run.
+
+        Args:
+            messages: `[{"role": "user", "content": "…"}, …]`, whole, as the chat template takes it.
+            config, options: As in `generate`.
+            tools: JSON schemas of functions.
+            variables: Whatever else the template knows, such as `enable_thinking`.
+
+        Raises:
+            InputError: If messages are malformed, or the template refuses them, or they are longer
+                than the context.
+            SettingError: If an option is unknown or out of its range.
+            BackendError: If the bundle has no chat template, or jinja2 is not installed.
+        """
+        ids = self.chat_prompt(messages, tools=tools, variables=variables)
+        return self.generate(ids, config, **options)
 
     async def astream(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any
@@ -269,6 +332,8 @@ class Session:
         writer = Writer(config, decoder.stream(), self._pipeline.vocab_size, ids, budget)
         reason: str = "cancelled"  # of a stream that nobody reads to its end
         call = self._begin()
+        written: list[int] = []
+        self._text = (ids, written)
         with self._meter.text(len(ids)) as count:
             try:
                 pending = self._resume(ids)
@@ -281,6 +346,8 @@ class Session:
                         return
                     event = self._choose(writer, logits, pending)
                     count.token()
+                    if event.token_id is not None:
+                        written.append(event.token_id)
                     if event.finish_reason is not None:
                         reason = event.finish_reason
                         yield event

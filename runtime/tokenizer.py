@@ -74,6 +74,17 @@ class Tokenizer:
         Raises:
             InputError: If the text is empty or not Unicode.
         """
+        return self._checked(text, where, add_special=True)
+
+    def encode_rendered(self, text: str, *, where: object = "prompt") -> list[int]:
+        """Token ids of a text that has its special tokens in it, as chat templates write them.
+
+        Raises:
+            InputError: If the text is empty or not Unicode.
+        """
+        return self._checked(text, where, add_special=False)
+
+    def _checked(self, text: str | bytes, where: object, *, add_special: bool) -> list[int]:
         if isinstance(text, bytes):
             text = decode_utf8(text, where)
         if not text:
@@ -88,7 +99,7 @@ class Tokenizer:
                 found=f"U+{ord(text[error.start]):04X} at character {error.start}",
                 fix="Give the text as UTF-8.",
             ) from error
-        ids: list[int] = self._backend.encode(text).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
         if not ids:
             raise InputError(where, "gives no tokens", found=repr(text[:40]))
         return ids
@@ -120,6 +131,10 @@ class Tokenizer:
         """One token as text for tables, special tokens by their name."""
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `decode` leaves this token out."""
+        return token_id in self._special_ids
 
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one at a time."""

@@ -62,7 +62,7 @@ def environment(interpreter: str, version: str) -> Path:
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
     subprocess.run([interpreter, "-m", "venv", str(ENVIRONMENT)], check=True)
     pip = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt")]
-    subprocess.run([*pip, "-e", f"{ROOT}[faiss]", "hypothesis", "pytest"], check=True)
+    subprocess.run([*pip, "-e", f"{ROOT}[chat,faiss]", "hypothesis", "pytest"], check=True)
     ready.touch()
     return python
 

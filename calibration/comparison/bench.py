@@ -16,7 +16,7 @@ from knnmoe.runtime.evaluation import DEFAULT_CONTEXT, score_sequences
 from knnmoe.runtime.memory import EntryOrigins, MemoryPack
 from knnmoe.runtime.model import Model
 
-from ..chat import ChatTemplate
+from ..chat import Conversations
 from ..corpus import Corpus
 from ..overlap import seen_sequences
 from ..references import Reference
@@ -172,7 +172,7 @@ def _read_reference(
         vocab_size=model.bundle.manifest.architecture.vocab_size,
         max_length=stated.get("max_length", context),
         max_tokens=stated.get("tokens"),
-        render=ChatTemplate.load(inputs.checkpoint).documents,
+        render=Conversations.load(inputs.checkpoint).documents,
         spool=scratch,
     )
     if stated.get("sha256", corpus.sha256) != corpus.sha256:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..model import Model
+    from ..sampling import GenerationConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Advance = Callable[[int], None]
@@ -113,6 +114,68 @@ def load_model(bundle: Path, **settings: Any) -> Model:
     from ..model import Model
 
     return Model.load(bundle, **settings)
+
+
+def sampling_options(command: Command) -> Command:
+    """How tokens are chosen, and how many; `chosen_config` takes the values."""
+    options = (
+        click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to generate at most."),
+        click.option("--temperature", type=float, help="Divides the logits; samples."),
+        click.option("--top-p", type=float, help="Sample from the likeliest tokens of this mass."),
+        click.option("--top-k", type=int, help="Sample from the k likeliest tokens; 0: from all."),
+        click.option("--greedy", is_flag=True, help="Take the likeliest token each time."),
+        click.option("--seed", type=int, help="Of the samples; the same seed, the same text."),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="Text to stop before; repeatable."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "seed")
+
+
+def take_sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """The values of `sampling_options`, taken out of a command's; `chosen_config` takes them.
+
+    Raises:
+        click.UsageError: If greedy and sampling are both asked for.
+    """
+    names = ("max_new_tokens", *SAMPLING, "greedy", "stop")
+    taken = {name: settings.pop(name) for name in names}
+    if taken["greedy"] and any(taken[name] is not None for name in SAMPLING):
+        raise click.UsageError("--greedy cannot be combined with options of sampling.")
+    return taken
+
+
+def chosen_config(model: Model, taken: dict[str, Any]) -> GenerationConfig:
+    """The bundle's generation settings with what was asked for in their place.
+
+    Raises:
+        SettingError: If a setting is out of its range.
+    """
+    sampling = {name: taken[name] for name in SAMPLING}
+    sampled = any(value is not None for value in sampling.values())
+    return model.generation_config.with_overrides(
+        do_sample=False if taken["greedy"] else True if sampled else None,
+        max_new_tokens=taken["max_new_tokens"],
+        stop=taken["stop"] or None,
+        **sampling,
+    )
+
+
+def shown_text(text: str) -> str:
+    """Text without what a terminal would obey; a pipe gets it as it is."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+
+
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\t\n"
+}
 
 
 def prompt_options(command: Command) -> Command:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from knnmoe.calibration import references as references_module
-from knnmoe.calibration.chat import ChatTemplate
+from knnmoe.calibration.chat import Conversations
 from knnmoe.calibration.corpus import Corpus
 from knnmoe.calibration.references import Reference
+from knnmoe.runtime.chat import ChatTemplate
 from knnmoe.runtime.errors import CheckpointError, InputError, KnnMoeError, SettingError
 from knnmoe.runtime.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 def read(
     tokenizer: Tokenizer, *files: Path | Reference, template: str | None = None, **options: Any
 ) -> Corpus:
-    chat = ChatTemplate(Path("checkpoint"), template, {})
+    chat = Conversations(ChatTemplate(Path("checkpoint"), template, {}))
     return Corpus.read(
         [Reference.parse(file) for file in files],
         tokenizer,
@@ -175,20 +176,10 @@ def test_kinds_of_lines_may_be_mixed(tokenizer: Tokenizer, tmp_path: Path) -> No
     ]
 
 
-def test_a_template_is_found_beside_the_tokenizer(tmp_path: Path) -> None:
-    config = tmp_path / "tokenizer_config.json"
-    assert ChatTemplate.load(tmp_path).source is None
-    config.write_text(json.dumps({"chat_template": "one", "bos_token": {"content": "<s>"}}))
-    assert ChatTemplate.load(tmp_path).source == "one"
-    assert ChatTemplate.load(tmp_path).special == {"bos_token": "<s>"}
-    named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
-    config.write_text(json.dumps({"chat_template": named}))
-    assert ChatTemplate.load(tmp_path).source == "three"
-    (tmp_path / "chat_template.jinja").write_text("four")
-    assert ChatTemplate.load(tmp_path).source == "four"
-    config.write_text("[")
+def test_a_template_that_cannot_be_read_is_the_checkpoints_fault(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        ChatTemplate.load(tmp_path)
+        Conversations.load(tmp_path)
 
 
 # --- what cannot be used --------------------------------------------------------------------
