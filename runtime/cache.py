@@ -14,7 +14,7 @@ from .engines.base import Array, Zeros
 from .errors import SettingError
 
 
-@dataclass
+@dataclass(eq=False)
 class Cache:
     """State of B sequences that run together; one thread at a time may use it.
 

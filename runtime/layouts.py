@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from time import perf_counter_ns
 from typing import Any, Protocol
@@ -204,6 +205,9 @@ class Layout(Protocol):
     def recall(self, cache: Cache, evidence: NDArray[np.float32]) -> None:
         """Set a cache's evidence to what it was."""
 
+    def release(self, cache: Cache) -> None:
+        """Drop the steps that a cache has bound here; its next step binds anew."""
+
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """Buffers on the host for steps of one shape."""
 
@@ -246,9 +250,16 @@ class HostStep:
 
 @dataclass(frozen=True)
 class HostLayout:
-    """A wiring on the host; immutable, so that a swap of the memory is one assignment."""
+    """A wiring on the host; immutable, so that a swap of the memory is one assignment.
+
+    Attributes:
+        wiring: What it runs.
+        memory: See `Layout.memory`: each layout has its own, an object that holds nothing, so that
+            whoever remembers which memory it was does not keep it.
+    """
 
     wiring: Wiring
+    memory: object = field(default_factory=object)
 
     prefill_chunk = PREFILL_CHUNK
 
@@ -256,11 +267,6 @@ class HostLayout:
     def architecture(self) -> ModelShape:
         """See `Layout.architecture`."""
         return self.wiring.architecture
-
-    @property
-    def memory(self) -> object:
-        """See `Layout.memory`: each layout has one of its own."""
-        return self
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Layout.new_cache`."""
@@ -281,6 +287,10 @@ class HostLayout:
     def recall(self, cache: Cache, evidence: NDArray[np.float32]) -> None:
         """See `Layout.recall`."""
         cache.states[...] = evidence
+
+    def release(self, cache: Cache) -> None:
+        """See `Layout.release`."""
+        cache.plans = OrderedDict()
 
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """See `Layout.new_step`."""

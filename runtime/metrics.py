@@ -42,7 +42,9 @@ class Meter:
     """Counts from several threads; a text reports when it ends, not at each step."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: a stream that nobody reads any more is ended by the garbage collector, on
+        # whatever thread, which may be at work in here.
+        self._lock = threading.RLock()
         self._sums: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._seconds = {"prefill": 0.0, "decode": 0.0}

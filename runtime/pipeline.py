@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +35,28 @@ class Pipeline:
 
     Args:
         layout: Engines and gates. Assigning another one (a swapped memory) takes effect at the next
-            step of each cache and never inside one.
+            step of each cache and never inside one. Nothing keeps the old one but steps that run.
     """
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+        self._layout = layout
+        self._caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+        self._lock = threading.Lock()  # of the set
+
+    @property
+    def layout(self) -> Layout:
+        """Engines and gates."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        old, self._layout = self._layout, layout
+        if old is layout:
+            return
+        with self._lock:
+            caches = list(self._caches)
+        for cache in caches:  # one that rests would keep the old memory until its next step
+            old.release(cache)
 
     @property
     def vocab_size(self) -> int:
@@ -61,7 +81,10 @@ class Pipeline:
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache for B sequences of up to `capacity` tokens (default: all positions)."""
         size = self.max_positions if capacity is None else capacity
-        return self.layout.new_cache(batch, size)
+        cache = self.layout.new_cache(batch, size)
+        with self._lock:
+            self._caches.add(cache)
+        return cache
 
     def step(
         self,
@@ -227,19 +250,20 @@ class Pipeline:
             layout.forget(cache)
             cache.memory = layout.memory
         key = (length, rows, traced)
-        plan: _Plan | None = cache.plans.get(key)
+        plans: OrderedDict[Any, _Plan] = cache.plans  # a swap puts others in their place
+        plan = plans.get(key)
         if plan is not None and plan.layout is layout:
-            cache.plans.move_to_end(key)
+            plans.move_to_end(key)
             return plan
-        if any(kept.layout is not layout for kept in cache.plans.values()):
-            cache.plans.clear()
+        if any(kept.layout is not layout for kept in plans.values()):
+            plans.clear()
         count = cache.batch if rows == "last" else cache.batch * length
         buffers = layout.new_step(cache.batch, length, count)
         buffers.logit_rows[...] = np.arange(count)
         plan = _Plan(layout, buffers, layout.bind(buffers, cache, traced=traced))
-        cache.plans[key] = plan
-        while len(cache.plans) > PLANS_KEPT:
-            cache.plans.popitem(last=False)
+        plans[key] = plan
+        while len(plans) > PLANS_KEPT:
+            plans.popitem(last=False)
         return plan
 
     def _chunk_by_chunk(

@@ -91,11 +91,13 @@ class StepRecord:
         past: Tokens in the cache before it.
         tokens: Tokens it ran: more than one while a prompt is read.
         milliseconds: How long it took.
+        memory: Which memory routed it: the same object from one swap to the next. It holds nothing.
     """
 
     past: int
     tokens: int
     milliseconds: float
+    memory: object = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class Session:
         self._ids: list[int] = []
         self._snapshots: list[_Snapshot] = []
         self._memory: object = None  # that the whole cache was computed with
-        self._lock = threading.Lock()
+        # Reentrant: the garbage collector may end an old stream on the thread that holds the lock.
+        self._lock = threading.RLock()
         self._call = 0
 
     @property
@@ -395,7 +398,8 @@ class Session:
         with self._lock:
             if len(ids) >= self.capacity:
                 ids = self._slid(ids)
-            if self._memory is not self._pipeline.memory:
+            memory = self._pipeline.memory  # once: it may be swapped meanwhile
+            if self._memory is not memory:
                 self._forget()
             common = min(_shared(self._ids, ids), len(ids) - 1)
             known = self._pipeline.evidence(self._cache)
@@ -407,7 +411,7 @@ class Session:
             start = last.length if last else 0
             self._pipeline.rewind(self._cache, start, last.evidence if last else None)
             del self._ids[start:]
-            self._memory = self._pipeline.memory
+            self._memory = memory
             return ids[start:]
 
     def _run(
@@ -445,10 +449,11 @@ class Session:
                 rows, records = self._pipeline.traced_step(self._cache, tokens)
             logits: NDArray[np.float32] = rows[-1]
             seconds = perf_counter() - start
+            memory = self._cache.memory
             self._ids.extend(ids)
         count.step(len(ids), seconds)
         if hooks.on_step is not None:
-            hooks.on_step(StepRecord(past, len(ids), seconds * 1e3))
+            hooks.on_step(StepRecord(past, len(ids), seconds * 1e3, memory))
         if hooks.on_route is not None:
             hooks.on_route(tokens[0], records)
         return logits

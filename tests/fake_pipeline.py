@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 class FakeCache:
     capacity: int
     lengths: NDArray[np.int64]
+    memory: object = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ second time it runs, so that from then on it is one launch.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,6 +193,11 @@ class DeviceLayout:
         """See `Layout.recall`; in the order of the stream."""
         with self._cuda.lock, self._cuda.current():
             cache.states[...] = self._cuda.cupy.asarray(evidence)
+
+    def release(self, cache: Cache) -> None:
+        """See `Layout.release`; between two steps, since what is dropped is freed on the device."""
+        with self._cuda.lock, self._cuda.current():
+            cache.plans = OrderedDict()
 
     def new_step(self, batch: int, length: int, rows: int) -> PackedStep:
         """See `Layout.new_step`; in pinned memory, for copies that wait for nobody."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,77 @@ def test_numbers_that_are_not_finite_are_traced_to_where_they_begin(model: Model
         list(events)
     assert model.metrics.finished == {"error": 1}
     assert session.generate(IDS[:9], **GREEDY).token_ids == fresh(model, IDS[:9])
+
+
+def test_each_step_says_which_memory_routed_it(model: Model, tiny_pack: Path) -> None:
+    steps: list[StepRecord] = []
+    first = model.pipeline.memory
+    events = model.session(hooks=Hooks(on_step=steps.append)).stream(IDS[:9], **GREEDY)
+    next(events)
+    model.swap_memory(tiny_pack)
+    list(events)
+    assert [step.memory for step in steps] == [first] + [model.pipeline.memory] * 5
+    assert first is not model.pipeline.memory
+
+
+def test_a_session_that_rests_keeps_no_memory_that_was_swapped_away(
+    model: Model, tiny_pack: Path
+) -> None:
+    session = model.session()
+    session.generate(IDS[:9], **GREEDY)
+    old = weakref.ref(model.pipeline.layout)
+    model.swap_memory(tiny_pack)
+    gc.collect()
+    assert old() is None
+    assert session.generate(IDS[:9], **GREEDY).token_ids == fresh(model, IDS[:9])
+
+
+def test_a_swap_while_a_call_begins_is_not_taken_for_the_memory_of_its_cache(
+    model: Model, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = model.session()
+    session.generate(IDS[:9], **GREEDY)
+    rewind = type(model.pipeline).rewind
+
+    def swapping(*arguments: Any) -> None:
+        monkeypatch.undo()
+        model.swap_memory(tiny_pack)
+        rewind(*arguments)
+
+    monkeypatch.setattr(type(model.pipeline), "rewind", swapping)
+    text = [*session.tokens, 7]
+    session.generate(text, **GREEDY)
+    reused = model.metrics.reused_tokens
+    session.generate(text, **GREEDY)  # half of its cache was routed by the memory before
+    assert model.metrics.reused_tokens == reused
+
+
+def test_an_old_stream_that_is_collected_inside_a_step_locks_nothing(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = model.session()
+    old = session.stream(IDS[:9], **GREEDY)
+    next(old)
+    cycle: list[Any] = [old]
+    cycle.append(cycle)
+    step = type(model.pipeline).step
+
+    def collecting(*arguments: Any) -> Any:
+        gc.collect()
+        return step(*arguments)
+
+    gc.disable()
+    try:
+        monkeypatch.setattr(type(model.pipeline), "step", collecting)
+        del old, cycle
+        found: list[tuple[int, ...]] = []
+        write = lambda: found.append(session.generate(IDS[:9], **GREEDY).token_ids)  # noqa: E731
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(10)
+    finally:
+        gc.enable()
+    monkeypatch.undo()
+    assert found == [fresh(model, IDS[:9])]
+    assert model.metrics.finished["cancelled"] == 1
+    assert model.metrics.active == 0
