@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from versions import environment
 
-from knnmoe.calibration.compress import project_keys
+from knnmoe.calibration.recall import project_keys
 from knnmoe.export.gate_graphs import GateShape, gate_functions, gate_graph
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from knnmoe import __version__
 from knnmoe.calibration.build import build_memory
-from knnmoe.calibration.compress import Exact, measure_recall, principal, turned
+from knnmoe.calibration.recall import Exact, measure_recall, principal, turned
 from knnmoe.calibration.settings import BuildSettings
 from knnmoe.runtime.blend import Floats, GateMemory, blend_found, search, unit_rows
 from knnmoe.runtime.calibration import Calibration, preset

@@ -193,7 +193,11 @@ def calibrate(
         passages["switch"] = switches
     background = background_of(opened)
     mixed = background is not None
-    wanted = usable(ways or (THOROUGH if thorough else GRID), background=mixed)
+    wanted = [
+        way
+        for way in usable(ways or (THOROUGH if thorough else GRID), background=mixed)
+        if opened.serves(way.variant)  # of a compressed pack not all do
+    ]
     most = max(way.neighbors for way in wanted)
     extra = len(opened.gates) if thorough else 0
     # Of the domain alone: the constant control, and with `thorough` the shuffled one and the law.
@@ -323,7 +327,9 @@ def _controls(
     def interval(deltas: Any) -> Interval:
         return interval_of(deltas, domain.tokens, domain.documents)
 
-    constants = [bench.change("domain", without_retrieval(applied, background))]
+    constants = []
+    if applied.serves("residual"):
+        constants.append(bench.change("domain", without_retrieval(applied, background)))
     if applied.variant != "residual":
         alike = without_retrieval(applied, background, same_variant=True)
         constants.append(bench.change("domain", alike))

@@ -346,10 +346,17 @@ def calibrate(
 )
 @click.option(
     "--keys",
-    type=click.Choice(["as-stored", "fp16", "int8"]),
+    type=click.Choice(["as-stored", "fp16", "int8", "projected"]),
     default="as-stored",
     show_default=True,
-    help="The full keys; int8 also rounds the similarities.",
+    help="The full keys; int8 also rounds the similarities; projected keeps no full keys.",
+)
+@click.option(
+    "--values",
+    type=click.Choice(["as-stored", "fp16", "int8", "int4"]),
+    default="as-stored",
+    show_default=True,
+    help="Of the pack's variant alone, unless as-stored.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a pack that is there.")
 @json_option
@@ -361,6 +368,7 @@ def compress(
     candidates: int,
     recall: float,
     keys: Any,
+    values: Any,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -382,6 +390,7 @@ def compress(
             candidates=candidates,
             recall=recall,
             keys=keys,
+            values=values,
         )
         report = compress_pack(pack, output, settings, overwrite=overwrite)
         result(report.to_json(), lambda: print_compression(report))

@@ -1,11 +1,13 @@
-"""Compressing a memory pack: projected keys to scan, and perhaps smaller keys to score with.
+"""Compressing a memory pack: projected keys to scan, smaller keys to score with, smaller values.
 
 Per gate the keys are projected to their W principal directions (runtime/projection.py) and stored
 in 4 or 8 bits beside the full keys: in as few bytes as find the neighbours. For that a part
 of the memory's own keys is held back, searched for among the others exactly and through the
 projection, and the share of the K nearest that are among the R candidates is the recall. It is
 measured as the gate runs it, rounding included, on a projection that has not seen the keys held
-back.
+back. Where no full keys are kept, products with the projected ones are a little too small,
+because the query's part outside of the projection meets nothing: one number a gate, found on the
+same keys held back, makes the similarity of neighbours come out as large as it was on average.
 """
 
 from __future__ import annotations
@@ -22,30 +24,52 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.atomic import new_directory
 from knnmoe.runtime.blend import unit_rows
-from knnmoe.runtime.calibration import Similarity
-from knnmoe.runtime.compressed_files import ScanStatement, width_is_possible
+from knnmoe.runtime.calibration import Variant
+from knnmoe.runtime.compressed_files import (
+    ScanStatement,
+    ValuesOf,
+    ValuesStatement,
+    width_is_possible,
+)
 from knnmoe.runtime.errors import MemoryPackError, SettingError
-from knnmoe.runtime.memory import KIND, GateEntries, MemoryPack, PackGate
+from knnmoe.runtime.memory import (
+    KIND,
+    EntryOrigins,
+    GateEntries,
+    MemoryPack,
+    PackGate,
+    write_origins,
+)
 from knnmoe.runtime.pack_files import write_manifest, write_tensors
 from knnmoe.runtime.projection import (
     SCAN_BITS,
     WIDTH_STEP,
     ProjectedKeys,
-    encode,
-    projected_products,
-    round_projection,
 )
+from knnmoe.runtime.stored_values import LARGEST, store_values, value_types
 from knnmoe.runtime.two_stage import MAX_CANDIDATES, check_candidates
 
-Keys = Literal["as-stored", "fp16", "int8"]
-KEYS: tuple[Keys, ...] = get_args(Keys)
+from .recall import (
+    KEYS,
+    Exact,
+    Floats,
+    Keys,
+    measure_recall,
+    measure_search,
+    principal,
+    project_keys,
+    turned,
+)
+
+StoredAs = Literal["as-stored", "fp16", "int8", "int4"]
+VALUES: tuple[StoredAs, ...] = get_args(StoredAs)
 FEWEST = 256  # entries that a recall can be measured on
 _HELD_BACK = 512  # at most
 _FITTED = 16_384  # keys that directions are found from, at most
 _AT_ONCE = 1 << 22  # elements
-_TOGETHER = 64  # queries
-
-Floats = NDArray[np.floating[Any]]
+_VALUES_OF: Mapping[Variant, ValuesOf] = {
+    "residual": "residuals", "logits": "learned", "assignment": "learned",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,9 @@ class CompressSettings:
         scan_bits: Of a projected key's elements, 4 or 8; None for what makes it smallest.
         candidates: R, scored again with the full keys.
         recall: What must be reached where width or bits are chosen.
-        keys: Dtype of the full keys.
+        keys: Dtype of the full keys; `projected` keeps none, and scores by what is scanned.
+        values: Dtype of the values; unless it is `as-stored`, only those of the pack's variant are
+            kept, and not router logits and residuals.
         seed: Of the keys held back and of the turn of the directions.
 
     Raises:
@@ -69,6 +95,7 @@ class CompressSettings:
     candidates: int = 32
     recall: float = 0.999
     keys: Keys = "as-stored"
+    values: StoredAs = "as-stored"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +114,8 @@ class CompressSettings:
             )
         if self.keys not in KEYS:
             raise SettingError("keys", "unknown", expected=KEYS, found=self.keys)
+        if self.values not in VALUES:
+            raise SettingError("values", "unknown", expected=VALUES, found=self.values)
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,8 @@ class CompressedGate:
         width: W.
         bits: Of a projected key's elements.
         recall: Of the keys held back; see `CompressSettings.recall`.
+        kept: Share of their K nearest that are also the K nearest by the keys that are kept, among
+            the R candidates: what a search returns.
         held_back: How many these were.
         scanned_bytes: What a search reads of projected keys.
         bytes_before, bytes_after: Size of the gate's file.
@@ -109,6 +140,7 @@ class CompressedGate:
     width: int
     bits: int
     recall: float
+    kept: float
     held_back: int
     scanned_bytes: int
     bytes_before: int
@@ -133,14 +165,39 @@ class CompressReport:
         }
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A gate's entries where they are not those of the pack any more.
+
+    Attributes:
+        entries: N' of them.
+        rows: [N'] which entry of the gate each is, or the first that it was merged of.
+        counts: [N'] of how many entries each was made.
+    """
+
+    entries: GateEntries
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
 def compress_pack(
-    path: str | Path,
+    path: str | Path | MemoryPack,
     target: str | Path,
     settings: CompressSettings = CompressSettings(),
     *,
+    kept: Mapping[int, Kept] | None = None,
+    about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> CompressReport:
     """Write a compressed copy of a pack.
+
+    Args:
+        path: The pack.
+        target: The directory to write.
+        settings: How.
+        kept: The gates to write and their entries; None writes all as they are.
+        about: Said of the compression in the provenance beside the settings.
+        overwrite: Replace what is there.
 
     Raises:
         MemoryPackError: If the pack is damaged, compressed already, or too small to measure on; or
@@ -148,106 +205,79 @@ def compress_pack(
         SettingError: If a setting does not fit the memory.
         OutputError: If the directory cannot be written.
     """
-    pack = MemoryPack.open(path)
+    pack = path if isinstance(path, MemoryPack) else MemoryPack.open(path)
     check_candidates(settings.candidates, pack.neighbors)
-    _check(pack, settings)
+    check_compressible(pack, settings.scan_width or WIDTH_STEP, settings.values)
+    gates = [gate for gate in pack.gates if kept is None or gate.gate in kept]
     manifest = dict(KIND.read(pack.path).content)
     stated = {entry["gate"]: dict(entry) for entry in manifest["gates"]}
     done = []
     with new_directory(Path(target), overwrite=overwrite) as folder:
-        for gate in pack.gates:
-            result, tensors, statement = _compress_gate(pack, gate, settings)
+        for gate in gates:
+            entries = pack.read(gate) if kept is None else kept[gate.gate].entries
+            found, tensors, scan, values = _compress_gate(pack, gate, entries, settings)
             stored = write_tensors(folder, gate.stored.file, tensors)
-            stated[gate.gate] |= {**asdict(stored), "scan": asdict(statement)}
-            if settings.keys == "int8":
-                stated[gate.gate]["keys"] = "int8"
-            done.append({**result, "bytes_after": stored.size})
+            stated[gate.gate] |= {
+                **asdict(stored), "entries": len(entries.keys),
+                "calibration": gate.calibration.to_json(), "used": gate.used,
+                "scan": asdict(scan),
+            }  # fmt: skip
+            if settings.keys in ("int8", "projected"):
+                stated[gate.gate]["keys"] = settings.keys
+            if values is not None:
+                stated[gate.gate]["values"] = asdict(values)
+            done.append({**found, "bytes_after": stored.size})
         if pack.origins is not None:
-            shutil.copyfile(pack.path / pack.origins.file, folder / pack.origins.file)
-        manifest["gates"] = [stated[gate.gate] for gate in pack.gates]
-        manifest["provenance"] = {**manifest["provenance"], "compressed": asdict(settings)}
+            manifest["entries"] = _origins(pack, folder, kept)
+        manifest["gates"] = [stated[gate.gate] for gate in gates]
+        manifest |= {
+            "variant": pack.variant, "neighbors": pack.neighbors, "similarity": pack.similarity,
+        }  # fmt: skip
+        compressed = {**asdict(settings), **(about or {})}
+        manifest["provenance"] = {**manifest["provenance"], "compressed": compressed}
         write_manifest(folder, manifest)
-    gates = tuple(CompressedGate(**each) for each in done)
-    return CompressReport(MemoryPack.open(target), gates, settings)
+    return CompressReport(
+        MemoryPack.open(target), tuple(CompressedGate(**each) for each in done), settings
+    )
 
 
-def project_keys(centred: Floats, matrix: Floats, bits: int) -> ProjectedKeys:
-    """Centred keys [N, D] projected by P [W, D], which is rounded first, and in some bits."""
-    projection, scales = round_projection(matrix)
-    rounded = projection * scales[:, None]
-    codes, key_scales = encode(centred @ rounded.T, bits)
-    return ProjectedKeys(projection, scales, codes, key_scales)
+def _origins(pack: MemoryPack, folder: Path, kept: Mapping[int, Kept] | None) -> Any:
+    """Where the entries came from, for the pack that is written."""
+    origins = pack.read_origins()
+    assert origins is not None
+    assert pack.origins is not None
+    if kept is None:
+        shutil.copyfile(pack.path / pack.origins.file, folder / pack.origins.file)
+        return KIND.read(pack.path).content["entries"]
+    rows, counts = {}, {}
+    for gate, left in kept.items():
+        if len(left.rows) == pack.origin_rows:
+            continue
+        before = origins.merged.get(gate, np.arange(pack.origin_rows, dtype=np.int32))
+        rows[gate] = before[left.rows].astype(np.int32)
+        counts[gate] = left.counts.astype(np.int32)
+    stated = write_origins(folder, EntryOrigins(
+        origins.token_ids, origins.documents, origins.positions, rows, counts
+    ))  # fmt: skip
+    return {**(stated or {}), "rows": pack.origin_rows}
 
 
-@dataclass(frozen=True)
-class Exact:
-    """Held-back keys, what they are searched among, and who is nearest.
-
-    Attributes:
-        queries, among: Centred keys [T, D] and [N, D].
-        norms: [N] squared lengths of those searched.
-        lengths: [N], where keys are compared at unit length.
-        nearest: [T, K] the K nearest.
-    """
-
-    queries: Floats
-    among: Floats
-    norms: Floats
-    lengths: Floats | None
-    nearest: NDArray[np.int64]
-
-    @staticmethod
-    def of(queries: Floats, among: Floats, neighbors: int, similarity: Similarity) -> Exact:
-        """Searched by brute force."""
-        norms = np.einsum("nd,nd->n", among, among)
-        lengths = np.sqrt(norms) if similarity == "cosine" else None
-        exact = Exact(queries, among, norms, lengths, np.zeros((0, neighbors), np.int64))
-        nearest = [_best(exact.scores(piece @ among.T), neighbors) for piece in _some(queries)]
-        return replace(exact, nearest=np.concatenate(nearest))
-
-    def scores(self, products: Floats) -> Floats:
-        """What is ranked by [T, N], of inner products with the keys searched."""
-        if self.lengths is None:
-            return 2 * products - self.norms
-        return products / np.where(self.lengths > 0, self.lengths, np.float32(1))
-
-
-def measure_recall(exact: Exact, matrix: Floats, bits: int, candidates: int) -> float:
-    """Share of the K nearest that are among R candidates found through a projection P [W, D]."""
-    keys = project_keys(exact.among, matrix, bits)
-    found = []
-    for start, piece in zip(
-        range(0, len(exact.queries), _TOGETHER), _some(exact.queries), strict=True
-    ):
-        scores = exact.scores(projected_products(piece, keys, int8_queries=True))
-        among = np.zeros(scores.shape, np.bool_)
-        np.put_along_axis(among, _best(scores, candidates), True, axis=1)
-        nearest = exact.nearest[start : start + _TOGETHER]
-        found.append(np.take_along_axis(among, nearest, axis=1))
-    return float(np.concatenate(found).mean())
-
-
-def _some(queries: Floats) -> Iterator[Floats]:
-    """A few queries at a time: their scores are as wide as the memory is long."""
-    for start in range(0, len(queries), _TOGETHER):
-        yield queries[start : start + _TOGETHER]
-
-
-def _best(scores: Floats, count: int) -> NDArray[np.int64]:
-    return np.argpartition(-scores, count - 1, axis=1)[:, :count]
-
-
-def _check(pack: MemoryPack, settings: CompressSettings) -> None:
+def check_compressible(pack: MemoryPack, width: int, values: StoredAs) -> None:
     """Raise unless every gate can be compressed, before any work is done."""
-    size, width = pack.model.hidden_size, settings.scan_width or WIDTH_STEP
+    size, experts = pack.model.hidden_size, pack.model.num_experts
     if not width_is_possible(width, size):
         raise SettingError(
             "scan width", "does not fit the model",
             expected=f"a multiple of {WIDTH_STEP} up to a hidden size that is one",
             found=f"{width} of {size}",
         )  # fmt: skip
+    if values != "as-stored" and values not in value_types(experts):
+        raise SettingError(
+            "values", "cannot be stored in pairs", expected=value_types(experts),
+            found=f"{values} of {experts} experts",
+        )  # fmt: skip
     for gate in pack.gates:
-        if gate.scan is not None or gate.int8_keys:
+        if gate.scan is not None or gate.values is not None:
             raise MemoryPackError(
                 pack.path, f"gate {gate.gate} is compressed already",
                 fix="Compress the pack that this one was made of.",
@@ -261,12 +291,12 @@ def _check(pack: MemoryPack, settings: CompressSettings) -> None:
 
 
 def _compress_gate(
-    pack: MemoryPack, gate: PackGate, settings: CompressSettings
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]], ScanStatement]:
-    entries = pack.read(gate)
+    pack: MemoryPack, gate: PackGate, entries: GateEntries, settings: CompressSettings
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]], ScanStatement, ValuesStatement | None]:
     random = np.random.default_rng([settings.seed, gate.gate])
-    order = random.permutation(gate.entries)
-    held = min(_HELD_BACK, gate.entries // 8)
+    count = len(entries.keys)
+    order = random.permutation(count)
+    held = min(_HELD_BACK, max(1, count // 8))
     queries = _centred(entries, order[:held])
     fitted = _centred(entries, np.sort(order[held : held + _FITTED]))
     others = Exact.of(
@@ -275,12 +305,14 @@ def _compress_gate(
     directions = principal(unit_rows(fitted) if pack.similarity == "cosine" else fitted)
     choice = _choose(others, directions, settings, f"{pack.path}: gate {gate.gate}")
     matrix = turned(directions, choice.width, settings.seed)
+    found = measure_search(others, matrix, choice.bits, settings.candidates, settings.keys)
     del others, fitted
     scan = _project(entries, matrix, choice.bits)
-    tensors: dict[str, NDArray[Any]] = {
+    if settings.keys == "projected":
+        scan = replace(scan, scales=scan.scales * np.float32(found.correction))
+    values, tensors = _values(entries, pack.variant, settings.values)
+    tensors |= {
         **_keys(entries, settings.keys),
-        "router_logits": entries.router_logits,
-        "residuals": entries.residuals,
         "center": entries.center,
         "scan_projection": scan.projection,
         "scan_projection_scales": scan.projection_scales,
@@ -297,13 +329,36 @@ def _compress_gate(
     )
     result = {
         "gate": gate.gate,
-        "entries": gate.entries,
+        "entries": count,
         **asdict(choice),
+        "kept": found.kept,
         "held_back": held,
         "scanned_bytes": scan.codes.nbytes,
         "bytes_before": gate.stored.size,
     }
-    return result, tensors, statement
+    return result, tensors, statement, values
+
+
+def _values(
+    entries: GateEntries, variant: Variant, kind: StoredAs
+) -> tuple[ValuesStatement | None, dict[str, NDArray[Any]]]:
+    """The values' tensors, and what is said of them."""
+    if kind == "as-stored":
+        return None, {"router_logits": entries.router_logits, "residuals": entries.residuals}
+    values = entries.residuals.astype(np.float32)
+    if variant != "residual":
+        values = values + entries.router_logits.astype(np.float32)
+    largest = float(np.abs(values).max())
+    if largest > LARGEST:
+        raise SettingError(
+            "values", "too large for fp16", expected=f"at most {LARGEST:g}", found=largest,
+            fix="Keep them as they are stored.",
+        )  # fmt: skip
+    stored = store_values(values, kind)
+    tensors: dict[str, NDArray[Any]] = {"values": stored.codes}
+    if stored.steps is not None and stored.lows is not None:
+        tensors |= {"value_steps": stored.steps, "value_lows": stored.lows}
+    return ValuesStatement(kind, _VALUES_OF[variant]), tensors
 
 
 @dataclass(frozen=True)
@@ -369,21 +424,6 @@ def _narrowest(
     return measure(widths[high - 1])
 
 
-def principal(keys: Floats) -> Floats:
-    """Principal directions of keys [N, D] about zero, all of them, the widest first."""
-    moments = keys.T.astype(np.float64) @ keys
-    directions: Floats = np.linalg.eigh(moments)[1][:, ::-1].T.astype(np.float32)
-    return directions
-
-
-def turned(directions: Floats, width: int, seed: int) -> Floats:
-    """The first W directions, turned at random among themselves: P [W, D]."""
-    random = np.random.default_rng([seed, width])
-    turn = np.linalg.qr(random.standard_normal((width, width)))[0]
-    matrix: Floats = turn.astype(np.float32) @ directions[:width]
-    return matrix
-
-
 def _centred(entries: GateEntries, rows: Any) -> Floats:
     centred: Floats = entries.keys[rows].astype(np.float32) - entries.center
     return centred
@@ -409,6 +449,9 @@ def _keys(entries: GateEntries, kind: Keys) -> Mapping[str, NDArray[Any]]:
     """The full keys as they are stored, with their steps where they are int8."""
     if kind == "as-stored":
         return {"keys": entries.keys}
+    if kind == "projected":
+        parts = [np.linalg.norm(_centred(entries, piece), axis=1) for piece in _pieces(entries)]
+        return {"key_lengths": np.concatenate(parts).astype(np.float32)}
     if kind == "fp16":
         if np.abs(entries.keys).max() > np.finfo(np.float16).max:
             raise SettingError(

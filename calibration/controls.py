@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.memory import MemoryPack, PackGate
 from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.stored_values import dense
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
@@ -66,7 +67,7 @@ def without_retrieval(
     def change(gate: int, memory: GateMemory) -> GateMemory:
         learned = ~_marked(background, gate, memory)
         mean = memory.values[learned].mean(axis=0)
-        return replace(memory, values=np.where(learned[:, None], mean, memory.values))
+        return replace(memory, values=np.where(learned[:, None], mean, dense(memory.values)))
 
     if not same_variant:
         numbers = {g.gate: g.calibration.with_variant("residual") for g in pack.gates}

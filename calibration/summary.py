@@ -24,7 +24,8 @@ class GateSummary:
         entries: Entries.
         background: Of these, the ones from background text.
         bytes: Size on disk.
-        logit_rms: Root mean square of the frozen router's logits.
+        logit_rms: Root mean square of the frozen router's logits; NaN where a compressed pack keeps
+            what was learned in one piece with them.
         residual_rms: The same of what was learned, background left out.
         similarity: Mean evidence s̄ of entries drawn at random, each searched among the others of
             other documents: what text like the reference text will meet. NaN if all entries are of
@@ -80,19 +81,23 @@ def summarize(pack: MemoryPack) -> PackSummary:
 
 
 def _gate(pack: MemoryPack, gate: PackGate, documents: NDArray[np.int32] | None) -> GateSummary:
-    entries = pack.read(gate)
+    own_keys, center = pack.read_keys(gate)
     if documents is None:
         # Then every entry counts as a document, and only itself is left out of its neighbours.
         documents = np.arange(gate.entries, dtype=np.int32)
     background = documents < 0
-    keys, scales = prepare_keys(entries.keys, entries.center, pack.similarity)
+    logits, residuals = float("nan"), float("nan")  # unless the pack still tells them apart
+    if gate.values is None and gate.keys != "projected":
+        entries = pack.read(gate)
+        logits, residuals = _rms(entries.router_logits), _rms(entries.residuals[~background])
+    keys, scales = prepare_keys(own_keys, center, pack.similarity)
     memory = GateMemory(
         keys=keys,
         key_scales=scales,
         values=np.zeros((gate.entries, 1), np.float32),
         n_valid=gate.entries,
         k=pack.neighbors,
-        center=entries.center,
+        center=center,
         calibration=gate.calibration,
         similarity=pack.similarity,
         rule_first=False,
@@ -102,9 +107,9 @@ def _gate(pack: MemoryPack, gate: PackGate, documents: NDArray[np.int32] | None)
         entries=gate.entries,
         background=int(background.sum()),
         bytes=gate.stored.size,
-        logit_rms=_rms(entries.router_logits),
-        residual_rms=_rms(entries.residuals[~background]),
-        similarity=_similarity(memory, entries.keys, documents),
+        logit_rms=logits,
+        residual_rms=residuals,
+        similarity=_similarity(memory, own_keys, documents),
     )
 
 

@@ -50,11 +50,20 @@ def print_compression(report: CompressReport) -> None:
     console, settings = output(), report.settings
     console.print(
         f"{report.pack.path}: {settings.candidates} candidates, keys {settings.keys},"
+        f" values {settings.values},"
         f" {readable_size(report.pack.bytes)}",
         markup=False,
     )
     table = Table()
-    columns = ("gate", "entries", "width", "bits", f"recall@{report.pack.neighbors}", "scanned")
+    columns = (
+        "gate",
+        "entries",
+        "width",
+        "bits",
+        f"recall@{report.pack.neighbors}",
+        "kept",
+        "scanned",
+    )
     for name in (*columns, "before", "after"):
         table.add_column(name, justify="right")
     for gate in report.gates:
@@ -64,13 +73,15 @@ def print_compression(report: CompressReport) -> None:
             str(gate.width),
             str(gate.bits),
             f"{gate.recall:.4f}",
+            f"{gate.kept:.4f}",
             readable_size(gate.scanned_bytes),
             readable_size(gate.bytes_before),
             readable_size(gate.bytes_after),
         )
     console.print(table)
     console.print(
-        "Recall: of keys held back, searched for among the others. Scanned: read at every token.",
+        "Of keys held back, searched for among the others: recall, neighbours among the candidates;"
+        " kept, neighbours by the keys that are kept. Scanned: read at every token.",
         style="dim",
     )
 

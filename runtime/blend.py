@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calibration import Calibration, Similarity
+from .stored_values import Values
 
 Floats = NDArray[np.floating[Any]]
 
@@ -28,7 +29,7 @@ class GateMemory:
 
     keys: NDArray[np.float32]  # [N, D] centred; unit length for cosine
     key_scales: NDArray[np.float32]  # [N, 2] multiplier, squared norm
-    values: NDArray[np.float32]  # [N, E]
+    values: Values  # [N, E], perhaps smaller than fp32 where rows are widened when they are read
     n_valid: int
     k: int
     center: NDArray[np.float32]  # [D]

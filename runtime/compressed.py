@@ -1,6 +1,8 @@
 """A gate's memory as a compressed pack holds it: keys as stored, and projected ones to scan.
 
-The keys may be mapped from their file: of 100,000 entries a step reads some dozen.
+The keys may be mapped from their file: of 100,000 entries a step reads some dozen. Without full
+keys the projected ones stand for them: a key is then Pᵀ times its code, and still divided by the
+length that the key itself had, so that what the projection left out counts as dissimilar.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from numpy.typing import NDArray
 
 from .blend import GateMemory
 from .calibration import Calibration, Similarity
-from .projection import ProjectedKeys
+from .projection import ProjectedKeys, decode
+from .stored_values import Values, dense
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,26 @@ class CompressedMemory:
     """One gate's memory for the gate `two-stage`.
 
     Attributes:
-        keys: [N, D] as stored: fp16 or fp32 router inputs, or int8 steps from the centre.
-        multipliers: [N, 1] fp32: what a centred key (int8: a row of steps) is multiplied with
-            to be what queries are compared with.
+        keys: [N, D] as stored: fp16 or fp32 router inputs, or int8 steps from the centre; None
+            where projected keys are all there is.
+        multipliers: [N, 1] fp32: what a centred key (int8: a row of steps; projected: a row of
+            code steps) is multiplied with to be what queries are compared with.
         norms: [N] fp32: squared length of that.
         scan: The projection; its scales are those of the centred keys.
         candidates: R, which the projection was made for.
         lengths: [N] fp32: of the centred keys.
-        values, n_valid, k, center, calibration, similarity, rule_first, evidence_weights: As in
+        values: [N, E] fp32, or as they are stored.
+        n_valid, k, center, calibration, similarity, rule_first, evidence_weights: As in
             `GateMemory`.
     """
 
-    keys: NDArray[Any]
+    keys: NDArray[Any] | None
     multipliers: NDArray[np.float32]
     norms: NDArray[np.float32]
     lengths: NDArray[np.float32]
     scan: ProjectedKeys
     candidates: int
-    values: NDArray[np.float32]
+    values: Values
     n_valid: int
     k: int
     center: NDArray[np.float32]
@@ -46,6 +51,16 @@ class CompressedMemory:
     similarity: Similarity
     rule_first: bool
     evidence_weights: NDArray[np.float32] | None = None
+
+    @property
+    def entries(self) -> int:
+        """N, capacity included."""
+        return len(self.scan.codes)
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return len(self.center)
 
     def rows(self, entries: Any) -> NDArray[np.float32]:
         """Keys of some entries as they are compared, fp32."""
@@ -60,16 +75,26 @@ class CompressedMemory:
         return kept
 
     def _shifted(self, entries: Any) -> NDArray[np.float32]:
+        if self.keys is None:
+            steps = decode(
+                self.scan.codes[entries].reshape(-1, self.scan.codes.shape[1]), self.scan.bits
+            )
+            restored: NDArray[np.float32] = steps.astype(np.float32) @ self.scan.matrix()
+            return restored.reshape(*self.multipliers[entries].shape[:-1], self.size)
         kept: NDArray[np.float32] = self.keys[entries].astype(np.float32)
         return kept if self.keys.dtype == np.int8 else kept - self.center
 
     def widened(self) -> GateMemory:
         """The same memory with all keys in fp32, as exact search takes it."""
-        return self._as_gate_memory(self.rows(slice(None)), self.norms)
+        return self._as_gate_memory(self.rows(slice(None)), self.norms, dense(self.values))
 
     def without_keys(self) -> GateMemory:
-        """The same memory without its keys: what blending found neighbours takes."""
-        return self._as_gate_memory(np.zeros((0, self.keys.shape[1]), np.float32), self.norms[:0])
+        """The same memory without its keys: what blending found neighbours takes.
+
+        Its values are as they are stored, so that those of the neighbours alone are widened.
+        """
+        none = np.zeros((0, self.size), np.float32)
+        return self._as_gate_memory(none, self.norms[:0], self.values)
 
     def scan_scales(self) -> NDArray[np.float32]:
         """[N]: what a product of a projected query with a row of codes is multiplied with."""
@@ -78,11 +103,13 @@ class CompressedMemory:
         divisors = np.where(self.lengths > 0, self.lengths, np.float32(1))
         return (self.scan.scales / divisors).astype(np.float32)
 
-    def _as_gate_memory(self, keys: NDArray[np.float32], norms: NDArray[np.float32]) -> GateMemory:
+    def _as_gate_memory(
+        self, keys: NDArray[np.float32], norms: NDArray[np.float32], values: Values
+    ) -> GateMemory:
         return GateMemory(
             keys=keys,
             key_scales=np.stack([np.ones_like(norms), norms], axis=1),
-            values=self.values,
+            values=values,
             n_valid=self.n_valid,
             k=self.k,
             center=self.center,

@@ -10,17 +10,25 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .calibration import Similarity
+from .calibration import Similarity, Variant
 from .errors import MemoryPackError
 from .projection import WIDTH_STEP, ProjectedKeys, decode
+from .stored_values import BITS, StoredValues, ValueType, groups_of
 
 COMPRESS_AGAIN = "Compress the memory again with `knnmoe memory compress`."
 SCAN_TENSORS = ("scan_projection", "scan_projection_scales", "scan_codes", "scan_scales")
+VALUE_TENSORS = ("values", "value_steps", "value_lows")
+# What stands for an entry's key in the exact stage; `full`: fp16 or fp32, as it was built.
+KeyKind = Literal["full", "int8", "projected"]
+KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
+# What is stored of the values: one of these instead of router logits and residuals.
+ValuesOf = Literal["learned", "residuals"]
+VALUES_OF: tuple[ValuesOf, ...] = get_args(ValuesOf)
 _AT_ONCE = 1 << 22  # elements
 _SAMPLE = 64  # entries
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I8": np.int8}
@@ -64,6 +72,40 @@ def scan_specs(
         "scan_codes": ((entries, width * statement.bits // 8), ("U8",)),
         "scan_scales": ((entries,), ("F32",)),
     }
+
+
+@dataclass(frozen=True)
+class ValuesStatement:
+    """What a pack says of a gate's values, where they are not router logits and residuals.
+
+    Attributes:
+        dtype: How they are stored (stored_values.py).
+        of: The `learned` logits or the `residuals`, the values of one variant or another.
+    """
+
+    dtype: ValueType
+    of: ValuesOf
+
+    def serve(self, variant: Variant) -> bool:
+        """Whether the values of a variant can be made of these."""
+        return (variant == "residual") == (self.of == "residuals")
+
+
+def value_specs(
+    statement: ValuesStatement, entries: int, experts: int
+) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shapes and dtypes of the tensors of stored values."""
+    if statement.dtype == "fp16":
+        return {"values": ((entries, experts), ("F16",))}
+    steps = ((entries, groups_of(experts)), ("F16",))
+    codes = ((entries, experts * BITS[statement.dtype] // 8), ("U8",))
+    return {"values": codes, "value_steps": steps, "value_lows": steps}
+
+
+def stored_values(tensors: dict[str, Any], experts: int) -> StoredValues:
+    """Takes the tensors of stored values out of those of a gate's file."""
+    values, steps, lows = (tensors.pop(name, None) for name in VALUE_TENSORS)
+    return StoredValues(values, steps, lows, experts)
 
 
 def width_is_possible(width: int, size: int) -> bool:
@@ -120,13 +162,14 @@ def _pieces(path: Path, name: str) -> Iterator[NDArray[Any]]:
             yield np.fromfile(file, mapped.dtype, shape[0] * shape[1]).reshape(shape)
 
 
-def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32]) -> None:
+def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32] | None) -> None:
     """Raise `MemoryPackError` unless the projection is one, and of these keys.
 
     Args:
         path: The gate's file.
         scan: Finite, of the right shapes.
-        centred: [N', D] fp32: the keys of `sampled(N)`, minus the centre.
+        centred: [N', D] fp32: the keys of `sampled(N)`, minus the centre; None where the pack has
+            no other keys than the projected ones.
     """
     matrix = scan.matrix()
     skew = float(np.abs(matrix @ matrix.T - np.eye(scan.width, dtype=np.float32)).max())
@@ -136,6 +179,8 @@ def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32]) ->
             expected=f"products within {_SKEW:g} of 0 and 1", found=f"off by {skew:.3g}",
             fix=COMPRESS_AGAIN,
         )  # fmt: skip
+    if centred is None:
+        return
     drawn = sampled(len(scan.codes))
     right = centred @ matrix.T
     stored = decode(scan.codes[drawn], scan.bits) * scan.scales[drawn, None]

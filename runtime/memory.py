@@ -30,13 +30,21 @@ from .calibration import (
 )
 from .compressed import CompressedMemory, Memory
 from .compressed_files import (
+    COMPRESS_AGAIN,
+    KEY_KINDS,
     SCAN_TENSORS,
+    VALUES_OF,
+    KeyKind,
     ScanStatement,
+    ValuesOf,
+    ValuesStatement,
     check_scan,
     key_lengths,
     map_tensor,
     sampled,
     scan_specs,
+    stored_values,
+    value_specs,
     width_is_possible,
 )
 from .errors import MemoryPackError, SettingError
@@ -52,8 +60,9 @@ from .pack_files import (
     write_manifest,
     write_tensors,
 )
-from .projection import SCAN_BITS, WIDTH_STEP, ProjectedKeys
+from .projection import SCAN_BITS, WIDTH_STEP, ProjectedKeys, decode
 from .routing import RoutingRule
+from .stored_values import Values, ValueType, dense, value_types
 from .two_stage import MAX_CANDIDATES
 
 SCHEMA = "knnmoe.memory/2"
@@ -142,7 +151,7 @@ class StoredTensors:
 class PackGate:
     """One covered gate: its file, how many entries it has, how its similarity is used.
 
-    `scan` and `int8_keys` say what compressing added and changed.
+    `scan`, `keys` and `values` say what compressing added and changed.
     A gate that is not `used` is left to the frozen router; its file stays.
     """
 
@@ -151,7 +160,8 @@ class PackGate:
     entries: int
     calibration: Calibration
     scan: ScanStatement | None = None
-    int8_keys: bool = False
+    keys: KeyKind = "full"
+    values: ValuesStatement | None = None
     used: bool = True
 
 
@@ -250,26 +260,50 @@ class MemoryPack:
         return (~self.background(gate)).astype(np.float32)
 
     def read(self, gate: PackGate) -> GateEntries:
-        """Load one gate's tensors, checking shapes before allocating and numbers after."""
+        """Load one gate's tensors, checking shapes before allocating and numbers after.
+
+        Raises:
+            MemoryPackError: If the file is damaged, or compressing has left nothing to tell the
+                router's logits from what was learned, or full keys from projected ones.
+        """
+        if gate.values is not None or gate.keys == "projected":
+            raise MemoryPackError(
+                self.path,
+                f"gate {gate.gate} no longer has what it was compressed from",
+                expected="full keys, router logits and residuals",
+                found=f"keys {gate.keys}, values {gate.values.of if gate.values else 'full'}",
+                fix="Use the pack that this one was made of.",
+            )
+        keys, center, tensors = self._read_keys(gate)
+        return GateEntries(keys=keys, center=center, **tensors)
+
+    def _read_keys(self, gate: PackGate) -> tuple[Array, NDArray[np.float32], dict[str, Any]]:
+        """Keys [N, D] that are not projected, centre [D], and the tensors of the values."""
         path = self.path / gate.stored.file
         tensors = read_tensors(path, self._specs(gate), leave=SCAN_TENSORS)
         steps = tensors.pop("key_steps", None)
         if steps is not None:
             tensors["keys"] = tensors["keys"] * steps[:, None] + tensors["center"]
-        return GateEntries(**tensors)
+        return tensors.pop("keys"), tensors.pop("center"), tensors
 
     def _specs(self, gate: PackGate) -> TensorSpecs:
         """What a gate's file must hold."""
         entries, size, experts = gate.entries, self.model.hidden_size, self.model.num_experts
         floats = ("F16", "F32")
         specs: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-            "keys": ((entries, size), ("I8",) if gate.int8_keys else floats),
-            "router_logits": ((entries, experts), floats),
-            "residuals": ((entries, experts), floats),
             "center": ((size,), floats),
         }
-        if gate.int8_keys:
+        if gate.keys == "projected":
+            specs["key_lengths"] = ((entries,), ("F32",))
+        else:
+            specs["keys"] = ((entries, size), ("I8",) if gate.keys == "int8" else floats)
+        if gate.keys == "int8":
             specs["key_steps"] = ((entries,), ("F32",))
+        if gate.values is None:
+            both = dict.fromkeys(("router_logits", "residuals"), ((entries, experts), floats))
+            specs |= both
+        else:
+            specs |= value_specs(gate.values, entries, experts)
         if gate.scan is not None:
             specs |= scan_specs(gate.scan, entries, size)
         return specs
@@ -319,6 +353,14 @@ class MemoryPack:
         """
         if variant is not None and variant not in VARIANTS:
             raise SettingError("variant", "unknown", expected=VARIANTS, found=variant)
+        if variant is not None and not self.serves(variant):
+            raise SettingError(
+                "variant",
+                "cannot be made of what this compressed memory keeps of its values",
+                expected=[each for each in VARIANTS if self.serves(each)],
+                found=variant,
+                fix="Compress the original pack for this variant, or with --values as-stored.",
+            )
         if similarity is not None and similarity not in SIMILARITIES:
             raise SettingError("similarity", "unknown", expected=SIMILARITIES, found=similarity)
         if evidence is not None and evidence not in EVIDENCE:
@@ -361,15 +403,17 @@ class MemoryPack:
             rule: The model's; the `assignment` variant applies it to the learned logits.
             selection_bias: [E], of this gate, where the rule has one.
         """
-        entries = self.read(gate)
-        keys, scales = prepare_keys(entries.keys, entries.center, self.similarity)
+        if gate.keys == "projected":
+            return self._compressed_memory(gate, rule, selection_bias).widened()
+        whole, center, tensors = self._read_keys(gate)
+        keys, scales = prepare_keys(whole, center, self.similarity)
         return GateMemory(
             keys=keys,
             key_scales=scales,
-            values=_values(entries, self.variant, rule, selection_bias),
+            values=dense(self._values_of(gate, tensors, rule, selection_bias)),
             n_valid=gate.entries,
             k=self.neighbors,
-            center=entries.center,
+            center=center,
             calibration=gate.calibration,
             similarity=self.similarity,
             rule_first=self.variant == "assignment",
@@ -405,25 +449,41 @@ class MemoryPack:
         """
         if gate.scan is None or not gate.scan.serves(self.similarity, self.neighbors):
             return None
+        return self._compressed_memory(gate, rule, selection_bias)
+
+    def _compressed_memory(
+        self,
+        gate: PackGate,
+        rule: RoutingRule,
+        selection_bias: NDArray[np.float32] | None,
+    ) -> CompressedMemory:
+        assert gate.scan is not None
         path = self.path / gate.stored.file
         tensors = read_tensors(path, self._specs(gate), leave=("keys",))
         scan = ProjectedKeys(*(tensors.pop(name) for name in SCAN_TENSORS))
-        steps = tensors.pop("key_steps", None)
-        keys, center = map_tensor(path, "keys"), tensors["center"]
-        lengths = key_lengths(path, center, steps)
-        multipliers = np.ones_like(lengths) if steps is None else steps
+        center = tensors.pop("center")
+        keys: Array | None = None
+        multipliers: Array
+        if gate.keys == "projected":
+            lengths, multipliers = tensors.pop("key_lengths"), scan.scales
+            _check_lengths(path, lengths)
+        else:
+            steps = tensors.pop("key_steps", None)
+            keys = map_tensor(path, "keys")
+            lengths = key_lengths(path, center, steps)
+            multipliers = np.ones_like(lengths) if steps is None else steps
         norms = lengths**2
         if self.similarity == "cosine":
-            multipliers = multipliers / np.where(lengths > 0, lengths, 1)
+            multipliers = multipliers / np.where(lengths > 0, lengths, np.float32(1))
             norms = (lengths > 0).astype(np.float32)
         memory = CompressedMemory(
             keys=keys,
-            multipliers=multipliers[:, None],
+            multipliers=multipliers[:, None].astype(np.float32),
             norms=norms,
             lengths=lengths,
             scan=scan,
             candidates=gate.scan.candidates,
-            values=_values(GateEntries(keys=keys, **tensors), self.variant, rule, selection_bias),
+            values=self._values_of(gate, tensors, rule, selection_bias),
             n_valid=gate.entries,
             k=self.neighbors,
             center=center,
@@ -432,8 +492,43 @@ class MemoryPack:
             rule_first=self.variant == "assignment",
             evidence_weights=self._evidence_weights(gate),
         )
-        check_scan(path, scan, memory.centred(sampled(gate.entries)))
+        drawn = None if keys is None else memory.centred(sampled(gate.entries))
+        check_scan(path, scan, drawn)
         return memory
+
+    def read_keys(self, gate: PackGate) -> tuple[Array, NDArray[np.float32]]:
+        """Keys [N, D] as far as they are kept, not yet minus the centre, and the centre [D]."""
+        if gate.keys != "projected":
+            return self._read_keys(gate)[:2]
+        tensors = read_tensors(self.path / gate.stored.file, self._specs(gate))
+        scan = ProjectedKeys(*(tensors[name] for name in SCAN_TENSORS))
+        steps = decode(scan.codes, scan.bits) * scan.scales[:, None]
+        return steps @ scan.matrix() + tensors["center"], tensors["center"]
+
+    def serves(self, variant: Variant) -> bool:
+        """Whether the values of a variant can be made of what the pack holds."""
+        return all(gate.values is None or gate.values.serve(variant) for gate in self.gates)
+
+    def _values_of(
+        self,
+        gate: PackGate,
+        tensors: dict[str, Any],
+        rule: RoutingRule,
+        selection_bias: NDArray[np.float32] | None,
+    ) -> Values:
+        """The variant's values of a gate's tensors, as they are stored if they can be."""
+        if gate.values is not None:
+            kept = stored_values(tensors, self.model.num_experts)
+            if self.variant != "assignment":
+                return kept
+            return rule.assignments(kept.widened(), selection_bias)
+        residuals = tensors["residuals"].astype(np.float32)
+        if self.variant == "residual":
+            return cast(NDArray[np.float32], residuals)
+        learned = tensors["router_logits"].astype(np.float32) + residuals
+        if self.variant == "logits":
+            return cast(NDArray[np.float32], learned)
+        return rule.assignments(learned, selection_bias)
 
 
 def prepare_keys(
@@ -448,17 +543,12 @@ def prepare_keys(
     return np.ascontiguousarray(prepared, dtype=np.float32), scales
 
 
-def _values(
-    entries: GateEntries,
-    variant: Variant,
-    rule: RoutingRule,
-    selection_bias: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    residuals = entries.residuals.astype(np.float32)
-    if variant == "residual":
-        return residuals
-    learned = entries.router_logits.astype(np.float32) + residuals
-    return learned if variant == "logits" else rule.assignments(learned, selection_bias)
+def _check_lengths(path: Path, lengths: NDArray[np.float32]) -> None:
+    if lengths.min() < 0:
+        raise MemoryPackError(
+            f"{path}: key_lengths", "has negative numbers", expected="lengths of keys",
+            found=float(lengths.min()), fix=COMPRESS_AGAIN,
+        )  # fmt: skip
 
 
 def write_pack(
@@ -534,16 +624,17 @@ def write_pack(
                 "evidence": evidence,
                 "calibrated": False,
                 "gates": stated,
-                "entries": _write_origins(target, origins),
+                "entries": write_origins(target, origins),
                 "provenance": dict(provenance),
             },
         )
     return MemoryPack.open(path)
 
 
-def _write_origins(
+def write_origins(
     target: Path, origins: EntryOrigins | StoredTensors | None
 ) -> dict[str, Any] | None:
+    """Write where the entries came from into a pack's directory; what its manifest says of that."""
     if origins is None:
         return None
     if isinstance(origins, StoredTensors):
@@ -596,6 +687,13 @@ def _parse(root: Path, top: Fields) -> MemoryPack:
         rows = top.object("entries").integer("rows", rows, MAX_DIMENSION)
     variant = top.text("variant", choices=VARIANTS)
     similarity = top.text("similarity", choices=SIMILARITIES)
+    for gate in gates:
+        if gate.values is not None and not gate.values.serve(cast(Variant, variant)):
+            raise top.wrong(
+                "variant", f"cannot be made of the values of gate {gate.gate}",
+                expected="residual" if gate.values.of == "residuals" else "logits or assignment",
+                found=variant,
+            )  # fmt: skip
     return MemoryPack(
         path=root,
         model=model,
@@ -625,7 +723,7 @@ def _parse_model(entry: Fields) -> ModelIdentity:
 def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
     entry.only(
         "gate", "file", "sha256", "size", "entries", "calibration",
-        optional=("keys", "scan", "used"),
+        optional=("keys", "scan", "used", "values"),
     )  # fmt: skip
     try:
         calibration = Calibration.from_json(entry.object("calibration").content)
@@ -637,15 +735,27 @@ def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
             found=error.found,
             fix=REBUILD,
         ) from error
+    keys = entry.text("keys", choices=KEY_KINDS[1:]) if entry.has("keys") else "full"
+    scan = _parse_scan(entry.object("scan"), model) if entry.has("scan") else None
+    if keys == "projected" and scan is None:
+        raise entry.wrong("keys", "are projected by nothing", expected="a scan", found=keys)
     return PackGate(
         gate=entry.integer("gate", 0, model.num_gates - 1),
         stored=_parse_file(entry),
         entries=entry.integer("entries", 1, MAX_DIMENSION),
         calibration=calibration,
-        scan=_parse_scan(entry.object("scan"), model) if entry.has("scan") else None,
-        int8_keys=entry.has("keys") and entry.text("keys", choices=("int8",)) == "int8",
+        scan=scan,
+        keys=cast(KeyKind, keys),
+        values=_parse_values(entry.object("values"), model) if entry.has("values") else None,
         used=entry.boolean("used") if entry.has("used") else True,
     )
+
+
+def _parse_values(entry: Fields, model: ModelIdentity) -> ValuesStatement:
+    entry.only("dtype", "of")
+    dtype = entry.text("dtype", choices=value_types(model.num_experts))
+    of = entry.text("of", choices=VALUES_OF)
+    return ValuesStatement(cast(ValueType, dtype), cast(ValuesOf, of))
 
 
 def _parse_scan(entry: Fields, model: ModelIdentity) -> ScanStatement:

@@ -149,7 +149,7 @@ def search_compressed(
     Raises:
         SettingError: Unless K ≤ R ≤ 64.
     """
-    check_candidates(candidates, min(memory.k, len(memory.keys)))
+    check_candidates(candidates, min(memory.k, memory.entries))
     scores = projected_scores(x, memory, dtype, int8_queries=int8_queries)
     best = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :candidates], axis=1)
     whole = memory.without_keys()
@@ -174,7 +174,7 @@ def projected_scores(
     scores = projected_products(queries, keys, int8_queries=int8_queries)
     if memory.similarity == "rbf":
         scores = 2 * scores - memory.norms.astype(dtype)
-    masked: Floats = np.where(np.arange(len(memory.keys)) < memory.n_valid, scores, -np.inf)
+    masked: Floats = np.where(np.arange(memory.entries) < memory.n_valid, scores, -np.inf)
     return masked
 
 

@@ -14,6 +14,7 @@ from ..blend import GateMemory
 from ..engines.base import Array
 from ..errors import SettingError
 from ..gates.onnx import graph_name
+from ..stored_values import dense
 from ..two_stage import quantize_keys
 from .cuda import ALIGNMENT, Cuda
 
@@ -224,7 +225,7 @@ class ResidentMemory:
             content: dict[str, NDArray[Any]] = {
                 "keys": keys,
                 "key_scales": scales,
-                "values": memory.values.astype(self._values),
+                "values": dense(memory.values).astype(self._values),
                 "evidence_weights": memory.entry_evidence(),
                 "n_valid": np.array([memory.n_valid], np.int64),
                 "k": np.array([memory.k], np.int64),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..blend import GateMemory
 from ..compressed import Memory
 from ..engines.base import Array, Engine, Run
+from ..stored_values import dense
 from .base import GateBuffers, GateTrace
 
 FROZEN = "frozen"
@@ -32,7 +33,7 @@ def memory_inputs(memory: GateMemory, suffix: str = "") -> Mapping[str, NDArray[
     arrays: dict[str, NDArray[Any]] = {
         "keys": np.ascontiguousarray(memory.keys, dtype=np.float32),
         "key_scales": np.ascontiguousarray(memory.key_scales, dtype=np.float32),
-        "values": np.ascontiguousarray(memory.values, dtype=np.float32),
+        "values": np.ascontiguousarray(dense(memory.values), dtype=np.float32),
         "evidence_weights": memory.entry_evidence(),
         "n_valid": np.array([memory.n_valid], np.int64),
         "k": np.array([memory.k], np.int64),

@@ -21,10 +21,11 @@ from ..engines.base import Engine, Run
 from ..engines.onnx_bytes import Node, Tensor, graph_bytes
 from ..engines.onnxruntime import OrtEngine
 from ..projection import block_size
+from ..stored_values import dense
 from ..two_stage import quantize_keys
+from .gather import key_inputs, key_nodes, value_inputs, value_nodes
 
 _QUANTIZED_AT_ONCE = 1 << 22  # elements
-_FLOAT = 1  # ONNX's number of the type
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ class Int8Scan:
         """See `Scan.bind`."""
         scan = self.engine.bind({"router_input": x}, {"candidates": found.entries})
         memory, entries = self.memory, found.entries
+        values = dense(memory.values)
 
         def run() -> None:
             scan()
             for source, target in (
                 (memory.keys, found.keys),
                 (memory.key_scales, found.key_scales),
-                (memory.values, found.values),
+                (values, found.values),
             ):
                 source.take(entries, axis=0, out=target, mode="clip")
 
@@ -117,10 +119,10 @@ class ProjectedScan:
     ) -> ProjectedScan:
         """The scan of one memory for R candidates."""
         inputs: dict[str, NDArray[Any]] = {
-            "keys": memory.keys,
+            **key_inputs(memory),
             "multipliers": memory.multipliers,
             "key_scales": np.stack([np.ones_like(memory.norms), memory.norms], axis=1),
-            "values": np.ascontiguousarray(memory.values, np.float32),
+            **value_inputs(memory.values),
         }
         engine = projected_scan_engine(memory, inputs, candidates, threads=threads)
         return ProjectedScan(engine, inputs, candidates)
@@ -149,7 +151,7 @@ def projected_scan_engine(
     rounded to int8 in blocks: `two_stage.projected_scores` with `int8_queries`. The keys' norms,
     where they count, and the mask of entries from n_valid are the second product's bias.
     """
-    count, size = memory.keys.shape
+    count, size = memory.entries, memory.size
     scan, rbf = memory.scan, memory.similarity == "rbf"
     bias = -memory.norms if rbf else np.zeros(count, np.float32)
     bias = np.where(np.arange(count) < memory.n_valid, bias, -np.inf).astype(np.float32)
@@ -167,8 +169,8 @@ def projected_scan_engine(
         "code_scales": _block_scales(memory.scan_scales() * (2 if rbf else 1), scan.width),
         "bias": bias,
     }
-    int8 = memory.keys.dtype == np.int8
-    prepared = "steps" if int8 else "centred_keys"
+    read_keys, read_values = key_nodes(memory, "rows"), value_nodes(memory.values)
+    constants |= {**read_keys.constants, **read_values.constants}
     nodes = [
         Node("Sub", ["router_input", "center"], ["centred"]),
         Node("Clip", ["centred", "low", "high"], ["queries"]),
@@ -182,13 +184,11 @@ def projected_scan_engine(
             scan.bits,
         ),
         *_best("scores", "candidates"),
-        Node("Gather", ["keys", "candidates"], ["stored"]),
-        Node("Cast", ["stored"], ["steps"], [("to", _FLOAT)]),
-        *([] if int8 else [Node("Sub", ["steps", "center"], ["centred_keys"])]),
+        *read_keys.nodes,
         Node("Gather", ["multipliers", "candidates"], ["factors"]),
-        Node("Mul", [prepared, "factors"], ["candidate_keys"]),
+        Node("Mul", ["rows", "factors"], ["candidate_keys"]),
         Node("Gather", ["key_scales", "candidates"], ["candidate_scales"]),
-        Node("Gather", ["values", "candidates"], ["candidate_values"]),
+        *read_values.nodes,
     ]
     experts = memory.values.shape[1]
     graph = graph_bytes(

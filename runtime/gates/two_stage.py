@@ -78,7 +78,7 @@ class TwoStageGate(NumpyGate):
         """
         if candidates is None:
             candidates = most_candidates(memory)
-        count = min(candidates, len(memory.keys))
+        count = min(candidates, entries_of(memory))
         if not fits(memory, candidates):
             raise SettingError(
                 "neighbors", "more than the gate 'two-stage' scores again",
@@ -164,6 +164,11 @@ class TwoStageGate(NumpyGate):
         return Candidates.empty(tokens, self.candidates, size, experts)
 
 
+def entries_of(memory: Memory) -> int:
+    """N, capacity included."""
+    return memory.entries if isinstance(memory, CompressedMemory) else len(memory.keys)
+
+
 def most_candidates(memory: Memory) -> int:
     """R: what a projection was made for, else the most there are."""
     return memory.candidates if isinstance(memory, CompressedMemory) else MAX_CANDIDATES
@@ -172,12 +177,12 @@ def most_candidates(memory: Memory) -> int:
 def fits(memory: Memory, candidates: int | None = None) -> bool:
     """Whether R candidates hold the neighbours that the memory asks for."""
     most = most_candidates(memory) if candidates is None else candidates
-    return min(memory.k, len(memory.keys)) <= most
+    return min(memory.k, entries_of(memory)) <= most
 
 
 def pays(memory: Memory) -> bool:
     """Whether the two stages take less time than the exact scan, for one token."""
-    return fits(memory) and memory.keys.size >= SCANNED_ELEMENTS
+    return fits(memory) and entries_of(memory) * len(memory.center) >= SCANNED_ELEMENTS
 
 
 def pays_for_many(memory: GateMemory) -> bool:

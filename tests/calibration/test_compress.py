@@ -16,15 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import make_identity
 from knnmoe.calibration.cli import memory as memory_commands
-from knnmoe.calibration.compress import (
-    CompressSettings,
-    Exact,
-    compress_pack,
-    measure_recall,
-    principal,
-    project_keys,
-    turned,
-)
+from knnmoe.calibration.compress import CompressSettings, compress_pack
+from knnmoe.calibration.recall import Exact, measure_recall, principal, project_keys, turned
 from knnmoe.runtime.blend import knn_blend, search
 from knnmoe.runtime.bundle import Bundle, describe_file
 from knnmoe.runtime.calibration import preset
@@ -32,6 +25,7 @@ from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.errors import MemoryPackError, SettingError
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
+from knnmoe.runtime.gates.numpy import NumpyGate
 from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
 from knnmoe.runtime.gates.scan import Candidates, ProjectedScan
 from knnmoe.runtime.gates.select import choose, make_gate
@@ -39,6 +33,7 @@ from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.stored_values import store_values, value_types
 from knnmoe.runtime.two_stage import projected_scores, search_compressed
 
 SIZE, EXPERTS, ENTRIES = 64, 8, 600
@@ -241,7 +236,8 @@ def test_auto_takes_the_projection_where_it_pays_and_other_gates_ignore_it(
     memory = memory_from(compressed)
     engine_of: Callable[[str], OrtEngine] = lambda _: engine_for(tiny_bundle, memory)  # noqa: E731
     assert choose(memory) == "onnx"  # small
-    large = replace(memory, keys=np.broadcast_to(memory.keys[:1], (1 << 15, SIZE)))
+    codes = np.broadcast_to(memory.scan.codes[:1], (1 << 15, memory.scan.codes.shape[1]))
+    large = replace(memory, scan=replace(memory.scan, codes=codes))
     assert choose(large) == "two-stage"
     for backend in ("auto", "onnx", "numpy"):
         gate: Any = make_gate(backend, memory, RULE, 2, engine_of)  # type: ignore[arg-type]
@@ -481,3 +477,152 @@ def test_a_manifest_that_states_an_impossible_projection_is_refused(
     (copy / "memory.json").write_text(json.dumps(manifest))
     with pytest.raises(MemoryPackError, match=field):
         MemoryPack.open(copy)
+
+
+# --- values in fewer bits, and memories without full keys ---------------------------------------
+
+
+@pytest.mark.parametrize("experts", [2, 7, 16, 96])
+@pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
+def test_stored_values_are_within_half_a_step_and_are_widened_by_row(
+    kind: Any, experts: int
+) -> None:
+    rng = np.random.default_rng(experts)
+    values = (rng.normal(size=(40, experts)) * 3 - 5).astype(np.float32)
+    values[3] = values[3, 0]  # nothing to tell apart
+    if kind == "int4" and experts % 2:
+        assert kind not in value_types(experts)
+        return
+    stored = store_values(values, kind)
+    assert stored.shape == values.shape
+    steps = 1e-2 if stored.steps is None else stored.steps.astype(np.float32).max(axis=1)
+    off = np.abs(stored.widened() - values).max(axis=1)
+    assert (off <= 0.51 * steps + 8e-3).all()
+    np.testing.assert_array_equal(
+        stored[np.array([[5, 3], [39, 0]])], stored.widened()[[[5, 3], [39, 0]]]
+    )
+    bits = {"fp16": 16, "int8": 8, "int4": 4}[kind]
+    assert (stored.bits, stored.codes.nbytes) == (bits, 40 * experts * bits // 8)
+
+
+def all_routes(bundle: Path, pack: MemoryPack, x: Any, rows: Any) -> dict[str, Any]:
+    """The same tokens through NumPy, ONNX, and the two stages, many tokens at once and one by one."""
+    memory = pack.compressed_memory(pack.gates[0], RULE)
+    assert memory is not None
+    engine = engine_for(bundle, memory)
+    exact = memory.widened()
+    two_stage = TwoStageGate.over(engine, memory, RULE, 2)
+    found = {
+        "numpy": route(NumpyGate(RULE, 2, exact), x, rows),
+        "onnx": route(OnnxGate.over(engine, exact), x, rows),
+        "two-stage": route(two_stage, x, rows),
+    }
+    for token in range(len(x)):
+        one = slice(token, token + 1)
+        found[f"two-stage, token {token}"] = route(two_stage, x[one], rows[one])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [("projected", "int4"), ("projected", "as-stored"), ("int8", "int8"), ("fp16", "fp16"),
+     ("as-stored", "int4")],
+)  # fmt: skip
+def test_every_route_blends_the_same_widened_values(
+    tiny_bundle: Path, by_similarity: Any, tmp_path: Path, keys: Any, values: Any
+) -> None:
+    path, _ = by_similarity
+    settings = CompressSettings(scan_width=SIZE, candidates=64, keys=keys, values=values)
+    pack = compress_pack(path.parent / "plain", tmp_path / "small", settings).pack
+    memory = pack.compressed_memory(pack.gates[0], RULE)
+    assert memory is not None
+    x = queries(memory, 7)
+    logits = np.random.default_rng(3).normal(size=(7, EXPERTS))
+    found = all_routes(tiny_bundle, pack, x, logits)
+    reference, trace = found.pop("numpy")
+    assert trace.confidence.max() > 0.05
+    for name, (buffers, seen) in found.items():
+        rows = slice(None) if "token" not in name else slice(int(name[-1]), int(name[-1]) + 1)
+        np.testing.assert_array_equal(seen.neighbors, trace.neighbors[rows], err_msg=name)
+        np.testing.assert_allclose(seen.similarities, trace.similarities[rows], atol=1e-5)
+        np.testing.assert_array_equal(buffers.expert_ids, reference.expert_ids[rows], err_msg=name)
+        np.testing.assert_allclose(
+            buffers.expert_weights, reference.expert_weights[rows], atol=1e-5, err_msg=name
+        )
+
+
+def test_without_full_keys_similarities_come_out_as_large_as_with_them(
+    pack: Path, tmp_path: Path
+) -> None:
+    whole, settings = MemoryPack.open(pack), CompressSettings(scan_width=32, keys="projected")
+    small = compress_pack(pack, tmp_path / "small", settings).pack
+    gate = small.gates[0]
+    exact, found = whole.gate_memory(whole.gates[0], RULE), small.gate_memory(gate, RULE)
+    rng = np.random.default_rng(9)
+    near = exact.keys[rng.integers(0, ENTRIES, 200)] + 0.05 * rng.normal(size=(200, SIZE))
+    x = (near + exact.center).astype(np.float32)
+    means = [search(x, memory, np.float64)[1].mean() for memory in (exact, found)]
+    assert means[1] == pytest.approx(means[0], rel=0.02)
+    stored = load_file(small.path / gate.stored.file)
+    assert "keys" not in stored
+    assert stored["key_lengths"].shape == (ENTRIES,)
+
+
+def test_what_a_compressed_pack_no_longer_knows_is_said(pack: Path, tmp_path: Path) -> None:
+    settings = CompressSettings(keys="projected", values="int4")
+    small = compress_pack(pack, tmp_path / "small", settings).pack
+    assert (small.variant, small.serves("residual"), small.serves("logits")) == (
+        "residual", True, False,
+    )  # fmt: skip
+    with pytest.raises(SettingError, match="variant: cannot be made of what this compressed"):
+        small.with_settings(variant="logits")
+    with pytest.raises(MemoryPackError, match="no longer has what it was compressed from"):
+        small.read(small.gates[0])
+    with pytest.raises(MemoryPackError, match="is compressed already"):
+        compress_pack(small.path, tmp_path / "again")
+    shown = CliRunner().invoke(memory_commands, ["inspect", str(small.path), "--json"])
+    assert json.loads(shown.stdout)["gates"][0]["logit_rms"] is None
+
+
+LESS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a length below zero": (
+        lambda t: t["key_lengths"].__setitem__(3, -1), "key_lengths: has negative numbers",
+    ),
+    "NaN lengths": (lambda t: t["key_lengths"].__setitem__(3, np.nan), "key_lengths has NaN"),
+    "infinite steps": (lambda t: t["value_steps"].__setitem__(3, np.inf), "value_steps has NaN"),
+    "fewer codes": (lambda t: t.update(values=t["values"][:, :2].copy()), "values has another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_damaged_values_and_lengths_are_refused(
+    tiny_bundle: Path, pack: Path, tmp_path: Path, name: str
+) -> None:
+    settings = CompressSettings(scan_width=32, keys="projected", values="int4")
+    small = compress_pack(pack, tmp_path / "small", settings).pack.path
+    change, says = LESS[name]
+    damage(small, change)
+    with pytest.raises(MemoryPackError, match=says):
+        Model.load(tiny_bundle, memory=small, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: m.update(variant="logits"), "variant"),
+        (lambda m: m["gates"][0]["values"].update(dtype="int2"), "dtype"),
+        (lambda m: m["gates"][0]["values"].update(of="logits"), "of"),
+        (lambda m: m["gates"][0].update(keys="none"), "keys"),
+        (lambda m: m["gates"][0].pop("scan"), "keys"),
+    ],
+)
+def test_a_manifest_that_states_impossible_values_is_refused(
+    pack: Path, tmp_path: Path, change: Any, says: str
+) -> None:
+    settings = CompressSettings(scan_width=32, keys="projected", values="int4")
+    small = compress_pack(pack, tmp_path / "small", settings).pack.path
+    manifest = json.loads((small / "memory.json").read_text())
+    change(manifest)
+    (small / "memory.json").write_text(json.dumps(manifest))
+    with pytest.raises(MemoryPackError, match=says):
+        MemoryPack.open(small)

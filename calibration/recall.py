@@ -1,0 +1,160 @@
+"""How much of what an exact search finds a search by projected keys finds too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnmoe.runtime.calibration import Similarity
+from knnmoe.runtime.projection import (
+    ProjectedKeys,
+    encode,
+    projected_products,
+    round_projection,
+)
+
+Keys = Literal["as-stored", "fp16", "int8", "projected"]
+KEYS: tuple[Keys, ...] = get_args(Keys)
+_TOGETHER = 64  # queries
+
+Floats = NDArray[np.floating[Any]]
+
+
+def project_keys(centred: Floats, matrix: Floats, bits: int) -> ProjectedKeys:
+    """Centred keys [N, D] projected by P [W, D], which is rounded first, and in some bits."""
+    projection, scales = round_projection(matrix)
+    rounded = projection * scales[:, None]
+    codes, key_scales = encode(centred @ rounded.T, bits)
+    return ProjectedKeys(projection, scales, codes, key_scales)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Held-back keys, what they are searched among, and who is nearest.
+
+    Attributes:
+        queries, among: Centred keys [T, D] and [N, D].
+        norms: [N] squared lengths of those searched.
+        lengths: [N], where keys are compared at unit length.
+        nearest: [T, K] the K nearest.
+    """
+
+    queries: Floats
+    among: Floats
+    norms: Floats
+    lengths: Floats | None
+    nearest: NDArray[np.int64]
+
+    @staticmethod
+    def of(queries: Floats, among: Floats, neighbors: int, similarity: Similarity) -> Exact:
+        """Searched by brute force."""
+        norms = np.einsum("nd,nd->n", among, among)
+        lengths = np.sqrt(norms) if similarity == "cosine" else None
+        exact = Exact(queries, among, norms, lengths, np.zeros((0, neighbors), np.int64))
+        nearest = [_best(exact.scores(piece @ among.T), neighbors) for piece in _some(queries)]
+        return replace(exact, nearest=np.concatenate(nearest))
+
+    def scores(self, products: Floats) -> Floats:
+        """What is ranked by [T, N], of inner products with the keys searched."""
+        return 2 * products - self.norms if self.lengths is None else self.products(products)
+
+    def products(self, products: Floats) -> Floats:
+        """Inner products [T, N] with the keys as they are compared."""
+        if self.lengths is None:
+            return products
+        return products / np.where(self.lengths > 0, self.lengths, np.float32(1))
+
+
+def measure_recall(exact: Exact, matrix: Floats, bits: int, candidates: int) -> float:
+    """Share of the K nearest that are among R candidates found through a projection P [W, D]."""
+    keys = project_keys(exact.among, matrix, bits)
+    found = []
+    for start, piece in zip(
+        range(0, len(exact.queries), _TOGETHER), _some(exact.queries), strict=True
+    ):
+        scores = exact.scores(projected_products(piece, keys, int8_queries=True))
+        among = np.zeros(scores.shape, np.bool_)
+        np.put_along_axis(among, _best(scores, candidates), True, axis=1)
+        nearest = exact.nearest[start : start + _TOGETHER]
+        found.append(np.take_along_axis(among, nearest, axis=1))
+    return float(np.concatenate(found).mean())
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search by the keys that are kept returns of held-back keys' neighbours.
+
+    Attributes:
+        kept: Share of the K nearest that are among the K returned.
+        correction: What products with projected keys are too small by, on average over the
+            neighbours returned; 1 where full keys are kept.
+    """
+
+    kept: float
+    correction: float
+
+
+def measure_search(
+    exact: Exact, matrix: Floats, bits: int, candidates: int, keys: Keys
+) -> Searched:
+    """Search in both stages: R candidates by a projection P [W, D], scored by the keys kept."""
+    scan = project_keys(exact.among, matrix, bits)
+    count = exact.nearest.shape[1]
+    shares, true, estimated = [], [], []
+    for start, piece in zip(
+        range(0, len(exact.queries), _TOGETHER), _some(exact.queries), strict=True
+    ):
+        scanned = exact.scores(projected_products(piece, scan, int8_queries=True))
+        best = _best(scanned, min(candidates, scanned.shape[1]))
+        if keys == "projected":
+            products = projected_products(piece, scan, int8_queries=False)
+        else:
+            among = _rounded(exact.among) if keys == "int8" else exact.among
+            products = piece @ among.T
+        scores = np.take_along_axis(exact.scores(products), best, axis=1)
+        returned = np.take_along_axis(best, _best(scores, count), axis=1)
+        nearest = exact.nearest[start : start + _TOGETHER]
+        shares.append((nearest[:, :, None] == returned[:, None, :]).any(axis=2).mean(axis=1))
+        whole = exact.products(piece @ exact.among.T)
+        true.append(np.take_along_axis(whole, nearest, axis=1).sum())
+        estimated.append(np.take_along_axis(exact.products(products), returned, axis=1).sum())
+    total = float(np.sum(estimated))
+    correction = float(np.sum(true)) / total if keys == "projected" and total > 0 else 1.0
+    return Searched(float(np.concatenate(shares).mean()), correction)
+
+
+def principal(keys: Floats) -> Floats:
+    """Principal directions of keys [N, D] about zero, all of them, the widest first."""
+    moments = keys.T.astype(np.float64) @ keys
+    directions: Floats = np.linalg.eigh(moments)[1][:, ::-1].T.astype(np.float32)
+    return directions
+
+
+def turned(directions: Floats, width: int, seed: int) -> Floats:
+    """The first W directions, turned at random among themselves: P [W, D]."""
+    random = np.random.default_rng([seed, width])
+    turn = np.linalg.qr(random.standard_normal((width, width)))[0]
+    matrix: Floats = turn.astype(np.float32) @ directions[:width]
+    return matrix
+
+
+def _some(queries: Floats) -> Iterator[Floats]:
+    """A few queries at a time: their scores are as wide as the memory is long."""
+    for start in range(0, len(queries), _TOGETHER):
+        yield queries[start : start + _TOGETHER]
+
+
+def _best(scores: Floats, count: int) -> NDArray[np.int64]:
+    return np.argpartition(-scores, count - 1, axis=1)[:, :count]
+
+
+def _rounded(keys: Floats) -> Floats:
+    """Keys [N, D] in steps of a 127th of the largest element of each."""
+    largest = np.abs(keys).max(axis=1, keepdims=True)
+    steps = np.where(largest > 0, largest, 1) / 127
+    rounded: Floats = (np.rint(keys / steps) * steps).astype(np.float32)
+    return rounded
