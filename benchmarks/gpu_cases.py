@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import Blended, GateMemory, blend_found, search, unit_rows
 from knnmoe.runtime.calibration import Calibration, Similarity
+from knnmoe.runtime.stored_values import dense
 from knnmoe.runtime.two_stage import ScanKeys, quantize_keys, scan_scores
 
 TOLERANCE = 1e-5
@@ -102,7 +103,7 @@ def draw_case(
     n_valid = int(rng.choice([0, 1, max(entries - 1, 0), entries, entries, entries // 2]))
     memory, copies = _memory(rng, entries, hidden, experts, k, n_valid, similarity)
     keys, scales = round_keys(memory, key_type)
-    values = memory.values.astype(np.float16 if rng.integers(2) else np.float32)
+    values = dense(memory.values).astype(np.float16 if rng.integers(2) else np.float32)
     if rng.integers(2):  # nobody may read what is beyond the valid entries
         for array in (keys, scales, values, memory.evidence_weights):
             if array is not None and array.dtype != np.int8:

@@ -506,7 +506,7 @@ def test_stored_values_are_within_half_a_step_and_are_widened_by_row(
 
 
 def all_routes(bundle: Path, pack: MemoryPack, x: Any, rows: Any) -> dict[str, Any]:
-    """The same tokens through NumPy, ONNX, and the two stages, many tokens at once and one by one."""
+    """The same tokens through NumPy, ONNX, and the two stages, at once and one by one."""
     memory = pack.compressed_memory(pack.gates[0], RULE)
     assert memory is not None
     engine = engine_for(bundle, memory)
