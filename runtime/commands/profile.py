@@ -9,6 +9,7 @@ import click
 
 from ..cli_support import outcome
 from .common import json_option, load_model, model_options, output, progress_bar
+from .profile_command import ProfileCommand
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -20,7 +21,11 @@ Example:
 """
 
 
-@click.command(short_help="Measure what each segment and gate costs.", epilog=EXAMPLE)
+@click.command(
+    cls=ProfileCommand,
+    short_help="Measure what each segment and gate costs.",
+    epilog=EXAMPLE,
+)
 @model_options
 @click.option(
     "--context", type=int, help="Tokens before each decode step.  [default: 128, or what fits]"

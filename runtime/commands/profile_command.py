@@ -1,0 +1,48 @@
+"""`knnmoe profile` takes a bundle, or one of a few words: commands that work on its records."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+# By name: module, attribute, short help.
+_ON_RECORDS = {
+    "compare": (".profile_compare", "compare", "Two records: what became slower, for CI."),
+}
+
+
+class ProfileCommand(click.Command):
+    """A command whose first argument may be the name of another one.
+
+    Anything else is a bundle; a bundle whose directory bears such a name is `./compare`.
+    """
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """The context of this command, or of the one that is named."""
+        if args and args[0] in _ON_RECORDS:
+            return _named(args[0]).make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run what the context is of."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands on records, and the example."""
+        with formatter.section("Commands on records (a bundle of that name is ./NAME)"):
+            formatter.write_dl([(name, entry[2]) for name, entry in _ON_RECORDS.items()])
+        super().format_epilog(ctx, formatter)
+
+
+def _named(name: str) -> click.Command:
+    module, attribute, _ = _ON_RECORDS[name]
+    command: click.Command = getattr(importlib.import_module(module, __package__), attribute)
+    return command

@@ -1,0 +1,173 @@
+"""`knnmoe profile compare`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..cli_support import outcome, print_note
+from .common import PATH, json_option, output
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..profiling.compare import Change, Comparison
+
+EXAMPLE = """\b
+Example:
+  knnmoe profile bundle --memory pack --output before.json
+  knnmoe profile bundle --memory pack --output after.json      # with what changed
+  knnmoe profile compare before.json after.json --fail-above 5%
+"""
+
+
+def _percent(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
+    """`5%` or `5`, as 0.05."""
+    try:
+        return float(value.removesuffix("%")) / 100
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a percentage such as 5%") from error
+
+
+@click.command(short_help="Two records: what became slower, for CI.", epilog=EXAMPLE)
+@click.argument("before", type=PATH)
+@click.argument("after", type=PATH)
+@click.option(
+    "--fail-above",
+    "limit",
+    metavar="PERCENT",
+    callback=_percent,
+    default="5%",
+    show_default=True,
+    help="Slowdown of a part that is accepted.",
+)
+@click.option(
+    "--min-share",
+    metavar="PERCENT",
+    callback=_percent,
+    default="1%",
+    show_default=True,
+    help="Parts that are less of the step are not judged.",
+)
+@click.option(
+    "--quantile",
+    metavar="PERCENT",
+    callback=_percent,
+    default="50%",
+    show_default=True,
+    help="Of a part's times, what is compared; 10% is less disturbed by other programs.",
+)
+@click.option(
+    "--also-before",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Another run of the same as BEFORE; repeatable.",
+)
+@click.option(
+    "--also-after",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="Another run of the same as AFTER; repeatable.",
+)
+@click.option("--all", "everything", is_flag=True, help="Print all parts, not what matters only.")
+@json_option
+def compare(
+    before: Path,
+    after: Path,
+    limit: float,
+    min_share: float,
+    quantile: float,
+    also_before: tuple[Path, ...],
+    also_after: tuple[Path, ...],
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """Compare two records of `knnmoe profile --output`, part by part.
+
+    A part's figure is the ratio of its medians. The 95 % intervals hold for all parts together,
+    from blocks of each run, so they allow for drift and for many parts being looked at. What only
+    differs from run to run they cannot know of one run: take several, in turn, where a machine has
+    other work. A part is slower if its whole interval lies beyond the limit. Exit code 1: a part
+    is slower (or a record cannot be read); parts whose interval is too wide to tell are named and
+    do not fail.
+    """
+    with outcome(as_json) as result:
+        from ..profiling.compare import compare as compared
+        from ..profiling.compare import joined
+        from ..profiling.record import read_record
+
+        sides = [
+            joined([read_record(path) for path in (first, *others)])
+            for first, others in ((before, also_before), (after, also_after))
+        ]
+        found = compared(*sides, limit=limit, min_share=min_share, quantile=quantile)
+        result(found.to_json(), lambda: _show(found, everything))
+    if found.slower:
+        sys.exit(1)
+
+
+def _show(found: Comparison, everything: bool) -> None:
+    console = output()
+    console.print(_table(found, everything))
+    if not everything:
+        console.print("Whole steps, and parts that changed or cannot be told; --all prints all.")
+    console.print(
+        f"All parts together: ×{found.common:.3f} (median). {len(found.slower)} slower than "
+        f"{found.limit:.1%}, {len(found.unclear)} cannot be told."
+    )
+    if abs(found.common - 1) > found.limit:
+        print_note("all parts changed alike: was the machine in the same state?")
+    for difference in found.differences:
+        print_note(f"the records differ in {difference}")
+    for point in found.unmatched:
+        print_note(point)
+    if found.unclear:
+        print_note("where it cannot be told, measure more steps, or on a quieter machine")
+
+
+_COLOURS = {"slower": "red", "faster": "green", "unclear": "yellow", "small": "dim"}
+
+
+def _table(found: Comparison, everything: bool) -> Table:
+    from rich.table import Table
+
+    from ..profiling.compare import WHOLE
+
+    quantile = "Medians" if found.quantile == 0.5 else f"{found.quantile:.0%} quantiles"
+    title = f"{quantile} of the times, ms, and their ratio (95 % interval, all parts together)"
+    table = Table(title=title, title_justify="left")
+    for name in ("point", "part"):
+        table.add_column(name)
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    last = None
+    for change in found.changes:
+        matters = change.part == WHOLE or change.verdict in ("slower", "unclear", "faster")
+        if not (matters or everything):
+            continue
+        table.add_row(
+            change.point if change.point != last else "",
+            change.part,
+            f"{change.before_ms:.3f}",
+            f"{change.after_ms:.3f}",
+            in_words(change),
+            change.verdict if change.verdict != "within" else "",
+            style=_COLOURS.get(change.verdict),
+        )
+        last = change.point
+    return table
+
+
+def in_words(change: Change) -> str:
+    """A change in percent with its interval: `+10.2% [+7.9, +12.4]`."""
+    if change.low is None or change.high is None:
+        return f"{change.ratio - 1:+.1%} [too few samples]"
+    return (
+        f"{change.ratio - 1:+.1%} [{100 * (change.low - 1):+.1f}, {100 * (change.high - 1):+.1f}]"
+    )
