@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .calibration import Calibration as Calibration
+    from .entries import NewEntries as NewEntries
     from .errors import KnnMoeError as KnnMoeError
     from .generation import Completion as Completion
     from .generation import Event as Event
@@ -35,6 +36,7 @@ _HOMES = {
     "MemoryPack": "memory",
     "Metrics": "metrics",
     "Model": "model",
+    "NewEntries": "entries",
     "RoutingTrace": "model",
     "Session": "session",
     "StepRecord": "session",

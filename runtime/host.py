@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, get_args
 
 from .blend import GateMemory
@@ -11,6 +12,7 @@ from .compressed import Memory, widened
 from .engines.onnxruntime import OrtEngine
 from .engines.requirements import check_onnxruntime
 from .errors import BackendError
+from .gates.base import Gate
 from .gates.onnx import graph_name
 from .gates.select import Backend, EngineOf, make_gate
 from .layouts import FusedWiring, HostLayout, Layout, SplitWiring
@@ -33,6 +35,20 @@ class ModelBackend(Protocol):
 
         May be the layout of the last call, with the memories put in place; if that fails, the last
         layout is as it was.
+        """
+
+    def extended(
+        self, memories: Sequence[Memory | None], changed: Collection[int], before: Layout
+    ) -> Layout:
+        """The last layout with entries more in the memories of some gates.
+
+        What caches know of the memory stays. May be the last layout itself, with the entries put in
+        place; if that fails, it is as it was.
+
+        Args:
+            memories: One a gate, as the last layout's but for those that changed.
+            changed: The gates that have more entries now.
+            before: The last layout.
         """
 
 
@@ -77,18 +93,35 @@ class HostBackend:
             ready = tuple(fused_memory(self._bundle, widened(memory)) for memory in memories)
             biases = self._selection_biases
             return HostLayout(FusedWiring.over(shape, room, self._segments[0], ready, biases))
-        engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731
+        gates = [self._make_gate(gate, memory) for gate, memory in enumerate(memories)]
         wiring = SplitWiring(
             architecture=shape,
             experts_per_token=room,
             segments=self._segments,
             layers=tuple(segment.layers for segment in manifest.segments),
-            gates=tuple(
-                make_gate(self._gate, memory, manifest.routing, room, engine, bias)
-                for memory, bias in zip(memories, self._selection_biases, strict=True)
-            ),
+            gates=tuple(gates),
         )
         return HostLayout(wiring)
+
+    def extended(
+        self, memories: Sequence[Memory | None], changed: Collection[int], before: Layout
+    ) -> HostLayout:
+        """See `ModelBackend.extended`; gates that are not changed stay."""
+        assert isinstance(before, HostLayout)
+        wiring = before.wiring
+        if isinstance(wiring, SplitWiring):
+            gates = list(wiring.gates)
+            for gate in changed:
+                gates[gate] = self._make_gate(gate, memories[gate])
+            return replace(before, wiring=replace(wiring, gates=tuple(gates)))
+        return replace(before, wiring=self.layout(memories).wiring)
+
+    def _make_gate(self, gate: int, memory: Memory | None) -> Gate:
+        manifest = self._bundle.manifest
+        engine: EngineOf = lambda name: self._engine(manifest.gates[name].file)  # noqa: E731
+        bias = self._selection_biases[gate]
+        room = manifest.experts_per_token
+        return make_gate(self._gate, memory, manifest.routing, room, engine, bias)
 
     def _engine(self, file: str) -> OrtEngine:
         """The engine of a graph of the bundle, loaded once."""

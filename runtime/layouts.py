@@ -254,8 +254,9 @@ class HostLayout:
 
     Attributes:
         wiring: What it runs.
-        memory: See `Layout.memory`: each layout has its own, an object that holds nothing, so that
-            whoever remembers which memory it was does not keep it.
+        memory: See `Layout.memory`: each layout has its own, if it is not the same memory with more
+            entries; an object that holds nothing, so that whoever remembers which memory it was
+            does not keep it.
     """
 
     wiring: Wiring

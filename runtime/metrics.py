@@ -24,6 +24,7 @@ class Metrics:
         prefill_s: Seconds in steps of more than one token.
         decode_s: Seconds in steps of one token.
         swaps: Memories put in place or taken away.
+        added_entries: Entries put into memories while they served.
     """
 
     texts: int
@@ -36,6 +37,7 @@ class Metrics:
     prefill_s: float
     decode_s: float
     swaps: int
+    added_entries: int
 
 
 class Meter:
@@ -64,12 +66,18 @@ class Meter:
                 prefill_s=self._seconds["prefill"],
                 decode_s=self._seconds["decode"],
                 swaps=sums["swaps"],
+                added_entries=sums["added_entries"],
             )
 
     def swapped(self) -> None:
         """A memory was put in place or taken away."""
         with self._lock:
             self._sums["swaps"] += 1
+
+    def added(self, entries: int) -> None:
+        """Entries were put into the memory."""
+        with self._lock:
+            self._sums["added_entries"] += entries
 
     @contextmanager
     def text(self, prompt_tokens: int) -> Iterator[TextCount]:

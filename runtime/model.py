@@ -19,6 +19,7 @@ from .calibration import Similarity, Variant
 from .chat import ChatTemplate, Message
 from .compressed import Memory
 from .devices import Device, open_backend
+from .entries import NewEntries, with_entries
 from .errors import BackendError, BundleError, InputError
 from .generation import Completion, Event, check_prompt
 from .host import LayoutName, ModelBackend
@@ -66,7 +67,8 @@ class Model:
         self._swapping = threading.Lock()
         self._closing = threading.Event()
         self._selection_biases = read_selection_biases(bundle)
-        self._pipeline: Pipeline | None = Pipeline(self._layout(None))
+        layout, self._memories = self._layout(None)
+        self._pipeline: Pipeline | None = Pipeline(layout)
 
     @staticmethod
     def load(
@@ -149,6 +151,7 @@ class Model:
         self._closing.set()
         with self._swapping:
             self._backend = self._pipeline = self.memory = None
+            self._memories = ()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -205,10 +208,43 @@ class Model:
             memory = MemoryPack.open(memory)
             memory.check_calibrated()
         with self._swapping:
-            layout = self._layout(memory)
+            layout, memories = self._layout(memory)
             self.pipeline.layout = layout
-            self.memory = memory
+            self.memory, self._memories = memory, memories
         self._meter.swapped()
+
+    def add_entries(self, entries: Mapping[int, NewEntries], *, variant: Variant) -> None:
+        """Put entries into the memory that serves; all of them count from the next step on.
+
+        No step sees some of them, and texts that are being written go on with what their gates and
+        caches know. The entries of the pack keep their numbers, the new ones follow. They live in
+        this model alone: nothing is written to the pack, and a swap forgets them. A gate has room
+        for up to a quarter more than it needed at last; where that is used up, its memory is copied
+        into a larger one. Gates `two-stage` and `faiss` make what they search anew each time.
+
+        Args:
+            entries: By gate; gates that are not named stay as they are.
+            variant: What the values are; it must be that of the memory.
+
+        Raises:
+            SettingError: If there is no such gate, it is left to the frozen router, the variant is
+                another, or engines were built for fewer entries.
+            BackendError: If there is no memory, or it is compressed.
+            InputError: If an array has another shape, NaN or infinite numbers.
+            DeviceError: If the device has too little memory.
+        """
+        with self._swapping:
+            pipeline = self.pipeline
+            memories = with_entries(
+                self._memories,
+                entries,
+                variant=variant,
+                of_memory=self.memory.variant if self.memory else None,
+            )
+            assert self._backend is not None  # as there is a pipeline
+            pipeline.layout = self._backend.extended(memories, tuple(entries), pipeline.layout)
+            self._memories = memories
+        self._meter.added(sum(len(new.keys) for new in entries.values()))
 
     def disable_memory(self) -> None:
         """Route by the frozen router from the next step on."""
@@ -395,13 +431,14 @@ class Model:
                 fix="Cut the text into shorter sequences.",
             )
 
-    def _layout(self, memory: MemoryPack | None) -> Layout:
+    def _layout(self, memory: MemoryPack | None) -> tuple[Layout, tuple[Memory | None, ...]]:
         if self._backend is None:
             raise self._closed()
         if memory is not None:
             memory.check_belongs_to(self.identity)
         rule = self.bundle.manifest.routing
-        return self._backend.layout(_memories(memory, rule, self._selection_biases))
+        memories = _memories(memory, rule, self._selection_biases)
+        return self._backend.layout(memories), memories
 
 
 def _generation_config(bundle: Bundle) -> GenerationConfig:

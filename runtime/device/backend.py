@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,12 +20,13 @@ from ..bundle import Bundle, describe_file
 from ..compressed import Memory, widened
 from ..engines.base import Array, Engine
 from ..engines.engine_set import EngineSet, check_producer, find_engines
+from ..entries import trimmed
 from ..errors import BackendError, SettingError
 from ..gates.base import Gate
 from ..gates.cuda import CudaGate, resident_blend
 from ..gates.onnx import OnnxGate, graph_name
 from ..host import LayoutName, fused_memory
-from ..layouts import FusedWiring, SplitWiring, Wiring, bias_inputs
+from ..layouts import FusedWiring, Layout, SplitWiring, Wiring, bias_inputs
 from ..selection_bias import read_selection_biases
 from .append import AppendingEngine
 from .cuda import Cuda
@@ -108,6 +109,27 @@ class DeviceBackend:
         covered = tuple(memory is not None for memory in memories)
         return self._layout_of([widened(memory) for memory in memories], covered)
 
+    def extended(
+        self, memories: Sequence[Memory | None], changed: Collection[int], before: Layout
+    ) -> DeviceLayout:
+        """See `ModelBackend.extended`; in place where the resident block has room.
+
+        Raises:
+            SettingError: If a memory has more entries than the engines were built for.
+            DeviceError: If the device has too little memory.
+        """
+        whole = [trimmed(widened(memory)) for memory in memories]
+        if self.layout_name == "fused":
+            whole = [fused_memory(self._bundle, memory) for memory in whole]
+        assert isinstance(before, DeviceLayout)
+        assert self._resident is not None
+        if self._resident.fits(whole):
+            self._resident.append(whole)
+            return before
+        layout = self._bound_anew(whole, self._covered)
+        layout.memory = before.memory
+        return layout
+
     def _layout_of(
         self, memories: Sequence[GateMemory | None], covered: tuple[bool, ...]
     ) -> DeviceLayout:
@@ -120,6 +142,11 @@ class DeviceBackend:
             resident.swap(memories)
             last.memory = object()
             return last
+        return self._bound_anew(memories, covered)
+
+    def _bound_anew(
+        self, memories: Sequence[GateMemory | None], covered: tuple[bool, ...]
+    ) -> DeviceLayout:
         in_engines = self.layout_name == "fused" or self._settings.gate == "plugin"
         resident = ResidentMemory(
             self._cuda,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..blend import GateMemory
 from ..engines.base import Array
+from ..entries import size_class
 from ..errors import SettingError
 from ..gates.onnx import graph_name
 from ..stored_values import dense
@@ -26,17 +27,6 @@ KEY_DTYPES: dict[str, type[np.generic]] = {
     "int8+float16": np.float16,
 }
 TWO_STAGES = "int8+float16"
-SMALLEST_CLASS = 256
-
-
-def size_class(entries: int, limit: int | None = None) -> int:
-    """Capacity for that many entries: 4, 5, 6 or 7 times a power of two, at most `limit`.
-
-    A quarter of room at the most, so that most swaps find the block large enough.
-    """
-    step = 1 << max(0, math.ceil(math.log2(max(entries, SMALLEST_CLASS))) - 3)
-    wanted = -(-max(entries, SMALLEST_CLASS) // step) * step
-    return wanted if limit is None or entries > limit else min(wanted, limit)
 
 
 def stored_keys(memory: GateMemory, dtype: str) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -175,6 +165,33 @@ class ResidentMemory:
             self._cuda.synchronize()
             self.memories = tuple(memories)
 
+    def append(self, memories: Sequence[GateMemory | None]) -> None:
+        """Put the same memories with more entries in the place of these, between two steps.
+
+        Only what is new is uploaded, to where no step reads before `n_valid` says so.
+        """
+        if not self.fits(memories):
+            raise ValueError("memories that have no room are bound anew, not appended to")
+        self._check_limit(memories)
+        changed: list[tuple[Array, NDArray[np.int64]]] = []
+        for gate, (new, old) in enumerate(zip(memories, self.memories, strict=True)):
+            places = self._places[gate]
+            if new is None or old is None or places is None or new.n_valid == old.n_valid:
+                continue
+            rows = slice(old.n_valid, new.n_valid)
+            added = self._rows(new, rows)
+            for name, content in added.items():
+                view = self._view(self._block, places[name])[rows]
+                self._cuda.upload(content, view, stream=self._cuda.side)
+                self._cuda.side.synchronize()
+            n_valid = np.array([new.n_valid], np.int64)
+            changed.append((self._view(self._block, places["n_valid"]), n_valid))
+        with self._cuda.lock:
+            for there, count in changed:
+                self._cuda.upload(count, there)
+            self._cuda.synchronize()
+            self.memories = tuple(memories)
+
     def _check_limit(self, memories: Sequence[GateMemory | None]) -> None:
         most = max((len(memory.keys) for memory in memories if memory is not None), default=0)
         if self._limit is not None and most > self._limit:
@@ -221,25 +238,32 @@ class ResidentMemory:
         for memory, places in zip(memories, self._places, strict=True):
             if memory is None or places is None:
                 continue
-            keys, scales = stored_keys(memory, self._key_dtype)
-            content: dict[str, NDArray[Any]] = {
-                "keys": keys,
-                "key_scales": scales,
-                "values": dense(memory.values).astype(self._values),
-                "evidence_weights": memory.entry_evidence(),
+            content = self._rows(memory, slice(None)) | {
                 "n_valid": np.array([memory.n_valid], np.int64),
                 "k": np.array([memory.k], np.int64),
                 "center": memory.center,
                 "calibration": memory.calibration.vector(),
             }
-            if self._key_dtype == TWO_STAGES:
-                scan = quantize_keys(memory.keys)
-                content |= {"scan_keys": scan.keys, "scan_scales": scan.scales}
             for name, place in places.items():
                 host = np.zeros(place.shape, place.dtype)
                 host[: len(content[name])] = content[name]
                 self._cuda.upload(host, self._view(block, place), stream=self._cuda.side)
                 self._cuda.side.synchronize()  # the host array goes now
+
+    def _rows(self, memory: GateMemory, rows: slice) -> dict[str, NDArray[Any]]:
+        """Some entries of a memory as they are stored."""
+        part = replace(memory, keys=memory.keys[rows], key_scales=memory.key_scales[rows])
+        keys, scales = stored_keys(part, self._key_dtype)
+        content: dict[str, NDArray[Any]] = {
+            "keys": keys,
+            "key_scales": scales,
+            "values": dense(memory.values)[rows].astype(self._values),
+            "evidence_weights": memory.entry_evidence()[rows],
+        }
+        if self._key_dtype == TWO_STAGES:
+            scan = quantize_keys(part.keys)
+            content |= {"scan_keys": scan.keys, "scan_scales": scan.scales}
+        return {name: np.ascontiguousarray(array) for name, array in content.items()}
 
     def _view(self, block: Array, place: _Place) -> Array:
         start = -int(block.data.ptr) % ALIGNMENT + place.offset

@@ -20,9 +20,10 @@ from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.device.backend import DeviceBackend, DeviceSettings, engine_loader
 from knnmoe.runtime.device.cuda import Cuda
-from knnmoe.runtime.device.resident import ResidentMemory, size_class
+from knnmoe.runtime.device.resident import ResidentMemory
 from knnmoe.runtime.engines.engine_set import EngineSet, check_producer
 from knnmoe.runtime.engines.tensorrt import Scratch, TensorRT, TensorRTEngine, load_tensorrt
+from knnmoe.runtime.entries import size_class
 from knnmoe.runtime.errors import BackendError, DeviceError, EngineError, SettingError
 from knnmoe.runtime.memory import EntryOrigins, MemoryPack, write_pack
 from knnmoe.runtime.model import Model

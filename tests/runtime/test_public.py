@@ -18,6 +18,7 @@ PUBLIC = (
     "MemoryPack",
     "Metrics",
     "Model",
+    "NewEntries",
     "RoutingTrace",
     "Session",
     "StepRecord",
