@@ -23,7 +23,16 @@ Example:
 """
 CALIBRATE_EXAMPLE = """\b
 Example:
-  knnmoe memory calibrate bundle pack --domain validation.jsonl --general general.jsonl
+  knnmoe memory calibrate bundle pack --domain held.txt --general other.txt
+"""
+INSPECT_EXAMPLE = """\b
+Example:
+  knnmoe memory inspect pack
+"""
+EXAMPLES = """\b
+Examples:
+  knnmoe memory build checkpoint reference.txt pack
+  knnmoe memory calibrate bundle pack --domain held.txt --general other.txt
 """
 COMPRESS_EXAMPLE = """\b
 Example:
@@ -31,7 +40,7 @@ Example:
 """
 
 
-@click.group()
+@click.group(epilog=EXAMPLES)
 def memory() -> None:
     """Build, inspect, calibrate and compress memories."""
 
@@ -207,7 +216,7 @@ def build(
         result(report.to_json(), lambda: print_build(report))
 
 
-@memory.command(short_help="Show what is in a memory pack.")
+@memory.command(short_help="Show what is in a memory pack.", epilog=INSPECT_EXAMPLE)
 @click.argument("pack", type=PATH)
 @json_option
 def inspect(pack: Path, as_json: bool) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knnmoe import __version__
-from knnmoe.runtime.bundle import BLOCK_SIZES, PRECISIONS
-from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.cli_support import EXIT_CODES, CommandLine, outcome
 from knnmoe.runtime.errors import BackendError
 from knnmoe.runtime.jobs import work_directory
 
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from .exporter import ExportReport
     from .verify import VerifyReport
 
+# Named here again so that `--help` need not import what defines them; a test compares.
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+BLOCK_SIZES = (32, 64, 128)
 _PATH = click.Path(path_type=Path)
 
 
@@ -35,7 +37,18 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
     ctx.exit()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = f"""\b
+Examples:
+  knnmoe-export checkpoint --dry-run
+  knnmoe-export checkpoint bundle --verify
+  knnmoe-export checkpoint bundle --precision int4 --quantize-head
+
+{EXIT_CODES}"""
+
+
+@click.command(
+    cls=CommandLine, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.argument("checkpoint", type=_PATH)
 @click.argument("bundle", type=_PATH, required=False)
 @click.option("--dry-run", is_flag=True,
@@ -61,7 +74,7 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 @click.option("--no-scale-search", is_flag=True,
               help="int8, int4: take each block's range as it is; exports sooner, and is less "
                    "accurate.")  # fmt: skip
-@click.option("--experts-per-token", type=click.IntRange(min=1),
+@click.option("--experts-per-token", type=click.IntRange(min=1), metavar="N",
               help="Room for experts a token; more than the model's own lets the assignment "
                    "variant mix further experts in.")  # fmt: skip
 @click.option("--link", is_flag=True,
@@ -100,7 +113,7 @@ def main(
 
     CHECKPOINT is a Hugging Face directory (config.json, safetensors, tokenizer.json), BUNDLE the
     directory to create. What an interrupted export has finished lies in BUNDLE.partial: the same
-    command goes on from there. Exit codes: 0 done, 1 a stated failure, 2 wrong usage.
+    command goes on from there.
     """
     if bundle is None and not dry_run:
         raise click.UsageError("Missing argument 'BUNDLE'.")

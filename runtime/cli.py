@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from .. import __version__
-from .cli_support import outcome
+from .cli_support import EXIT_CODES, CommandLine, outcome
 from .commands.chat import chat
+from .commands.completion import completion
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.generate import generate
@@ -20,7 +21,7 @@ from .errors import BackendError
 _WORDS = f"{__name__}.words"
 
 
-class LazyGroup(click.Group):
+class LazyGroup(CommandLine, click.Group):
     """A group some of whose commands are imported when they are used.
 
     `lazy` has, by name: module, attribute, short help, and the extra whose packages it needs.
@@ -93,17 +94,26 @@ class LazyGroup(click.Group):
             formatter.write_dl(sorted(rows.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = f"""\b
+Examples:
+  knnmoe generate bundle --memory pack --prompt "In the beginning"
+  knnmoe memory build checkpoint reference.txt pack
+  knnmoe COMMAND --help
+
+{EXIT_CODES}"""
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="knnmoe")
 def main() -> None:
     """Run Mixture-of-Experts bundles with routing that is corrected by retrieval.
 
     A BUNDLE is a directory written by `knnmoe-export`, a PACK one written by `knnmoe memory build`.
-    Exit codes: 0 done, 1 a stated failure, 2 wrong usage.
+    With --json a command prints one JSON object on standard output, errors too, and nothing else.
     """
 
 
-for command in (chat, doctor, generate, evaluate, profile, trace):
+for command in (chat, completion, doctor, generate, evaluate, profile, trace):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What all commands share: how they end, and how they speak to people and to scripts.
 
 A command does its work inside `with outcome(as_json) as result:` and ends with
-`result(figures, show)`. Exit codes: 0 done, 1 a stated failure, 2 wrong usage (click's own).
+`result(figures, show)`. A program is a `CommandLine`, which says how else it can end. The exit
+codes are those of `EXIT_CODES`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -21,8 +22,19 @@ from .errors import KnnMoeError
 
 Result = Callable[[Mapping[str, Any], Callable[[], None]], None]
 
+FAILED = 1
+WRONG_USAGE = 2
 INTERRUPTED = 130  # what shells report for Ctrl-C
 TERMINATED = 143
+
+# What `--help` of a program ends with.
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    a stated failure: what is wrong, where, and what to do
+  2    wrong usage
+  130  interrupted (Ctrl-C); 143 terminated
+"""
 
 
 @contextlib.contextmanager
@@ -49,14 +61,75 @@ def outcome(as_json: bool) -> Iterator[Result]:
         with _clean_termination(), diverted:
             yield result
     except KnnMoeError as error:
-        if as_json:
-            _print_json(error.to_json(), stdout)
-        else:
-            print_error(error)
-        sys.exit(1)
+        _fail(error, as_json, stdout)
     except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
+        _end_interrupted()
+
+
+class CommandLine(click.Command):
+    """A program: whatever it is given, it ends with one of `EXIT_CODES` and without a traceback.
+
+    With `--json` among its words wrong usage too is an object on standard output.
+    """
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **more: Any,
+    ) -> Any:
+        """Run the program; raises `SystemExit`, as click's own does in standalone mode."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **more)
+        words = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in words
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **more)
+        except click.UsageError as error:
+            if as_json:
+                _print_json(_usage_json(error, self.name or ""), sys.stdout)
+            else:
+                error.show()
+            sys.exit(WRONG_USAGE)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except KnnMoeError as error:
+            _fail(error, as_json, sys.stdout)
+        except click.Abort:
+            _end_interrupted()
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_json(error: click.UsageError, program: str) -> dict[str, Any]:
+    """Wrong usage in the form of `KnnMoeError.to_json`."""
+    path = error.ctx.command_path if error.ctx is not None else program
+    problem = error.format_message()
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        problem = "Missing command."
+    return {
+        "error": "UsageError",
+        "where": path,
+        "problem": problem,
+        "expected": None,
+        "found": None,
+        "fix": f"See `{path} --help`.",
+    }
+
+
+def _fail(error: KnnMoeError, as_json: bool, stdout: Any) -> NoReturn:
+    if as_json:
+        _print_json(error.to_json(), stdout)
+    else:
+        print_error(error)
+    sys.exit(FAILED)
+
+
+def _end_interrupted() -> NoReturn:
+    click.echo("interrupted", err=True)
+    sys.exit(INTERRUPTED)
 
 
 def print_error(error: KnnMoeError) -> None:

@@ -21,9 +21,17 @@ BUILD_EXAMPLE = """\b
 Example:
   knnmoe plugin build --tensorrt-root /opt/tensorrt --arch native
 """
+INFO_EXAMPLE = """\b
+Example:
+  knnmoe plugin info
+"""
+CHECK_EXAMPLE = """\b
+Example:
+  knnmoe plugin check --flavour tensorrt
+"""
 
 
-@click.group()
+@click.group(epilog=BUILD_EXAMPLE)
 def plugin() -> None:
     """Build and check the TensorRT plugin.
 
@@ -50,6 +58,7 @@ def plugin() -> None:
 @click.option(
     "--jobs",
     type=click.IntRange(min=0),
+    metavar="N",
     default=0,
     show_default=True,
     help="Architectures compiled at a time; 0: one a core.",
@@ -106,7 +115,9 @@ def build(
         result(figures, show)
 
 
-@plugin.command(short_help="Show the library, the tools and the TensorRTs that are here.")
+@plugin.command(
+    short_help="Show the library, the tools and the TensorRTs that are here.", epilog=INFO_EXAMPLE
+)
 @json_option
 def info(as_json: bool) -> None:
     """Show what is here: the library, the compiler, the headers, the installed TensorRTs.
@@ -147,7 +158,9 @@ def info(as_json: bool) -> None:
         result(figures, show)
 
 
-@plugin.command(short_help="Load the library into every TensorRT that is installed.")
+@plugin.command(
+    short_help="Load the library into every TensorRT that is installed.", epilog=CHECK_EXAMPLE
+)
 @click.argument("library_path", type=PATH, metavar="[LIBRARY]", required=False)
 @click.option(
     "--flavour",

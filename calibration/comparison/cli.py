@@ -11,8 +11,8 @@ from knnmoe.runtime.cli_support import outcome
 PATH = click.Path(path_type=Path)
 EXAMPLE = """\b
 Example:
-  knnmoe compare checkpoint bundle --memory pack --reference reference.jsonl
-      --validation validation.jsonl --text test.jsonl --general general.jsonl --html report.html
+  knnmoe compare checkpoint bundle --memory pack --reference reference.jsonl \\
+      --validation validation.jsonl --text test.jsonl --html report.html
 """
 
 

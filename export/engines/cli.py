@@ -28,8 +28,18 @@ EXPERTS = ("auto", "gathered", "dense", "moe")
 KEYS = ("float16", "float32", "int8")
 LAYOUTS = ("split", "fused")
 
+BUILD_EXAMPLE = """\b
+Examples:
+  knnmoe engines build bundle
+  knnmoe engines build bundle --backend tensorrt_rtx --sm 86 --sm 120
+"""
+INFO_EXAMPLE = """\b
+Example:
+  knnmoe engines info bundle
+"""
 
-@click.group()
+
+@click.group(epilog=BUILD_EXAMPLE)
 def engines() -> None:
     """Build engines of a bundle for one device, and look at them."""
 
@@ -47,7 +57,7 @@ def _capabilities(_ctx: click.Context, _param: click.Parameter, given: tuple[str
     return tuple(found)
 
 
-@engines.command()
+@engines.command(epilog=BUILD_EXAMPLE)
 @click.argument("bundle", type=PATH)
 @click.option("--backend", type=click.Choice(BACKENDS), default="tensorrt", show_default=True,
               help="What to build with; onnxruntime: its CUDA provider.")  # fmt: skip
@@ -150,7 +160,7 @@ def build(
         result(_to_json(report), lambda: _print(report))
 
 
-@engines.command()
+@engines.command(epilog=INFO_EXAMPLE)
 @click.argument("bundle", type=PATH)
 @click.argument("directory", type=PATH, required=False)
 @json_option

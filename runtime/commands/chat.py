@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\b
 Examples:
   knnmoe chat bundle
-  knnmoe chat bundle --memory pack --system "You answer in one sentence." --temperature 0.7
+  knnmoe chat bundle --memory pack --system "Answer in one sentence."
 
 \b
 While it runs:
@@ -47,16 +47,16 @@ HELP = "/memory [PACK], /reset, /quit; Ctrl-C cancels a reply"
 
 
 @click.command(short_help="Talk to a model in the terminal.", epilog=EXAMPLE)
-@model_options
 @click.option("--system", metavar="TEXT", help="Message of the system to begin with.")
 @sampling_options
+@model_options
 @json_option
 def chat(bundle: Path, system: str | None, as_json: bool, **settings: Any) -> None:
     """Talk to a model, line by line, as its chat template has it.
 
-    Replies see the conversation so far, of which only what is new is run. Needs `pip install
-    'knnmoe[chat]'`. Lines are read from standard input if that is no terminal; with --json nothing
-    is printed but, at the end, the whole conversation.
+    Replies see the conversation so far, of which only what is new is run. Lines are read from
+    standard input if that is no terminal; with --json nothing is printed but, at the end, the whole
+    conversation. The package jinja2 is needed: pip install 'knnmoe[chat]'.
     """
     sampling = take_sampling(settings)
     with outcome(as_json) as result:

@@ -19,11 +19,11 @@ Example:
 @click.command(
     "eval", short_help="How likely is a text, with the memory and without?", epilog=EXAMPLE
 )
-@model_options
 @click.option("--text", "texts", type=PATH, multiple=True, required=True, metavar="FILE",
               help=".txt (one document) or .jsonl ({\"text\": …} a line); repeatable.")  # fmt: skip
 @click.option("--context", type=int, help="Tokens a sequence.  [default: 256, or all positions]")
 @click.option("--max-tokens", type=int, help="Tokens to predict at most, from all over the text.")
+@model_options
 @json_option
 def evaluate(
     bundle: Path,

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 EXAMPLE = """\b
 Examples:
   knnmoe generate bundle --prompt "In the beginning"
-  knnmoe generate bundle --memory pack --prompt-file text.txt --temperature 0.8 --seed 1
+  knnmoe generate bundle --memory pack --prompt-file text.txt --seed 1
 """
 
 
 @click.command(short_help="Continue a prompt.", epilog=EXAMPLE)
-@model_options
 @prompt_options
 @sampling_options
+@model_options
 @json_option
 def generate(
     bundle: Path,

@@ -28,10 +28,10 @@ Example:
 
 
 @click.command(short_help="Show which experts each token goes to, and why.", epilog=EXAMPLE)
-@model_options
 @prompt_options
 @click.option("--only", type=int, multiple=True, metavar="GATE",
               help="Show this gate only, counted from 0; repeatable.")  # fmt: skip
+@model_options
 @json_option
 def trace(
     bundle: Path,
@@ -46,8 +46,8 @@ def trace(
     The confidence λ says how far the memory corrected the router, then come the experts with their
     weights and the nearest entries of the memory with their similarities.
     """
-    text, where = read_prompt(prompt, prompt_file)
     with outcome(as_json) as result:
+        text, where = read_prompt(prompt, prompt_file)
         model = load_model(bundle, **settings)
         gates = only or tuple(range(model.bundle.manifest.architecture.num_gates))
         _check_gates(gates, model.bundle.manifest.architecture.num_gates)
