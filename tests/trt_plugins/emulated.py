@@ -36,7 +36,7 @@ from knnmoe.trt_plugins.toolchain import find_cuda_headers
 EMULATION = Path(__file__).parent / "emulation"
 BUILD = Path(__file__).parents[2] / "build" / "emulation"
 SCHEDULES = ("greedy", "forward", "backward", "random")
-SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SMALL_DEVICE = Device(multiprocessors=1, shared_bytes=99 * 1024)
 
 
@@ -98,7 +98,7 @@ def compile_emulation(
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(".partial")
         command = [
-            compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-fno-strict-aliasing",
+            compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing",
             "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-variable",
             f"-I{EMULATION}", f"-I{kernels}", "-isystem", str(headers), *flags,
             "-o", str(partial), str(EMULATION / source),

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #undef __launch_bounds__
@@ -74,7 +75,8 @@ enum Schedule { kGreedy, kForward, kBackward, kRandom };
 constexpr int kLanes = 32;
 constexpr int kAhead = 8;  // operations a lane may be ahead of the slowest of its warp
 constexpr int kResident = 2;  // blocks that run at the same time
-constexpr size_t kStackBytes = 128 << 10;
+// No power of two: the tops of all stacks would share one set of the cache.
+constexpr size_t kStackBytes = (128 << 10) + 5 * 64;
 
 struct Slot {
     const char* operation;
@@ -83,7 +85,9 @@ struct Slot {
 
 struct Warp {
     long published[kLanes];
-    long slowest;  // at most the least of them
+    long slowest;    // the least of them …
+    int at_slowest;  // … and how many lanes have published no more
+    unsigned awaited[kLanes];  // of each lane, which may wait for it
     Slot slots[kLanes][kAhead];
 };
 
@@ -108,6 +112,7 @@ struct Machine {
     std::vector<Block> blocks;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
+    std::vector<unsigned> ready;  // of each warp, the lanes that may run
     std::vector<char> stacks;
     dim3 grid;
     int threads = 0;  // of a block
@@ -139,16 +144,12 @@ inline void leave() { knnmoe_emulation_switch(&self().stack_pointer, machine.sch
 
 inline bool may_run(int index) {
     const Fiber& f = machine.fibers[index];
-    Warp& w = machine.warps[index / kLanes];
-    const auto every = [&w](long count) {
-        if (w.slowest < count) w.slowest = *std::min_element(w.published, w.published + kLanes);
-        return w.slowest >= count;
-    };
+    const Warp& w = machine.warps[index / kLanes];
     switch (f.waits) {
         case Waits::kNothing: return true;
         case Waits::kLane: return w.published[f.source] > f.sequence;
-        case Waits::kWarp: return every(f.sequence + 1);
-        case Waits::kRoom: return every(f.sequence - kAhead + 2);
+        case Waits::kWarp: return w.slowest > f.sequence;
+        case Waits::kRoom: return w.slowest > f.sequence - kAhead + 1;
         case Waits::kBlock:
             return block_of(index).arrivals >= f.barriers * machine.threads;
         case Waits::kDone: return false;
@@ -156,12 +157,35 @@ inline bool may_run(int index) {
     return false;
 }
 
+// Marks those of some lanes of a warp as ready that may run now.
+inline void wake(int warp, unsigned lanes) {
+    unsigned& ready = machine.ready[warp];
+    for (lanes &= ~ready; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        if (may_run(warp * kLanes + lane)) ready |= 1u << lane;
+    }
+}
+
 inline void wait(Waits waits, long sequence, int source = 0) {
-    self().waits = waits;
-    self().sequence = sequence;
-    self().source = source;
-    if (machine.yields || !may_run(machine.running)) leave();
-    self().waits = Waits::kNothing;
+    Fiber& f = self();
+    f.waits = waits;
+    f.sequence = sequence;
+    f.source = source;
+    const bool goes_on = may_run(machine.running);
+    if (!goes_on) {
+        const unsigned own = 1u << own_lane();
+        machine.ready[machine.running / kLanes] &= ~own;
+        if (waits == Waits::kLane) own_warp().awaited[source] |= own;
+    }
+    if (machine.yields || !goes_on) leave();
+    f.waits = Waits::kNothing;
+}
+
+// Wakes those threads of the running one's block that a complete barrier lets run.
+inline void wake_block() {
+    const int warps = machine.threads / kLanes;
+    const int first = machine.running / machine.threads * warps;
+    for (int warp = first; warp < first + warps; ++warp) wake(warp, ~0u);
 }
 
 // Publishes this lane's operand of its next operation and returns the operation's number.
@@ -174,6 +198,14 @@ inline long publish(const char* operation, const void* value, size_t size) {
     slot.operation = operation;
     memcpy(slot.words, value, size);
     ++w.published[lane];
+    unsigned concerned = std::exchange(w.awaited[lane], 0);
+    if (sequence == w.slowest && --w.at_slowest == 0) {
+        long* const end = w.published + kLanes;
+        w.slowest = *std::min_element(w.published, end);
+        w.at_slowest = static_cast<int>(std::count(w.published, end, w.slowest));
+        concerned = ~0u;
+    }
+    wake(machine.running / kLanes, concerned);
     return sequence;
 }
 
@@ -235,6 +267,7 @@ inline void multiply_fragments(
 inline void run_fiber() {
     machine.body(machine.argument);
     self().waits = Waits::kDone;
+    machine.ready[machine.running / kLanes] &= ~(1u << own_lane());
     leave();
     abort();
 }
@@ -247,11 +280,19 @@ inline int next_fiber(Schedule schedule, int last, std::mt19937& random) {
                       : schedule == kForward  ? (last + 1) % count
                       : schedule == kBackward ? (last + count - 1) % count
                                               : static_cast<int>(random() % count);
-    const int step = schedule == kBackward ? count - 1 : 1;
+    const int warps = count / kLanes, warps_of_a_block = machine.threads / kLanes;
     const int resting = schedule == kGreedy ? machine.resting : -1;
+    const bool down = schedule == kBackward;
+    // From the start up (or down) to the end, then from there on; the first warp comes last again.
+    const unsigned first = down ? ~0u >> (kLanes - 1 - start % kLanes) : ~0u << start % kLanes;
     for (bool all : {false, true})
-        for (int i = 0, at = start; i < count; ++i, at = (at + step) % count)
-            if ((all || at / machine.threads != resting) && may_run(at)) return at;
+        for (int i = 0, warp = start / kLanes; i <= warps; ++i) {
+            const unsigned lanes = machine.ready[warp] & (i == 0 ? first : i == warps ? ~first : ~0u);
+            if (lanes && (all || warp / warps_of_a_block != resting))
+                return warp * kLanes +
+                       (down ? kLanes - 1 - __builtin_clz(lanes) : __builtin_ctz(lanes));
+            warp = down ? (warp ? warp : warps) - 1 : warp + 1 < warps ? warp + 1 : 0;
+        }
     return -1;
 }
 
@@ -261,6 +302,8 @@ inline void run_blocks(Schedule schedule, std::mt19937& random) {
     machine.resting = -1;
     machine.fibers.assign(count, Fiber{});
     machine.warps.assign(count / kLanes, Warp{});
+    for (Warp& warp : machine.warps) warp.at_slowest = kLanes;
+    machine.ready.assign(count / kLanes, ~0u);
     machine.stacks.resize(std::max(machine.stacks.size(), kStackBytes * count));
     for (int i = 0; i < count; ++i) {
         machine.fibers[i].thread = dim3(i % machine.threads);
@@ -339,7 +382,8 @@ inline unsigned __ballot_sync(unsigned, bool bit) { return emulation::gather_bit
 inline void __syncwarp() { emulation::gather_bits("syncwarp", 0); }
 inline void __syncthreads() {
     ++emulation::self().barriers;
-    ++emulation::own_block().arrivals;
+    if (++emulation::own_block().arrivals % emulation::machine.threads == 0)
+        emulation::wake_block();
     emulation::wait(emulation::Waits::kBlock, 0);
 }
 inline void __threadfence() {}
