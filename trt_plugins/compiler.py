@@ -53,7 +53,7 @@ def compile_kernels(
             found=done.stderr.strip()[-2000:],
             fix="Use the CUDA toolkit 13.0, or name an architecture that your toolkit knows.",
         )
-    return _usages(architecture, done.stdout + done.stderr)
+    return usages(architecture, done.stdout + done.stderr)
 
 
 def compile_ptx(output: Path, architecture: str = "80") -> None:
@@ -78,8 +78,9 @@ _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
-def _usages(architecture: str, report: str) -> list[KernelUsage]:
-    usages, kernel, stack, spilled = [], "", 0, 0
+def usages(architecture: str, report: str) -> list[KernelUsage]:
+    """What kernels need of one architecture, of what nvcc says with `-Xptxas=-v`."""
+    found, kernel, stack, spilled = [], "", 0, 0
     for line in report.splitlines():
         if entry := _ENTRY.search(line):
             kernel = entry[1]
@@ -87,5 +88,5 @@ def _usages(architecture: str, report: str) -> list[KernelUsage]:
             stack, spilled = int(frame[1]), int(frame[2]) + int(frame[3])
         elif used := _USED.search(line):
             shared = int(used[2] or 0)
-            usages.append(KernelUsage(architecture, kernel, int(used[1]), stack, spilled, shared))
-    return sorted(usages, key=lambda usage: usage.kernel)
+            found.append(KernelUsage(architecture, kernel, int(used[1]), stack, spilled, shared))
+    return sorted(found, key=lambda usage: usage.kernel)

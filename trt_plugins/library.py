@@ -157,6 +157,7 @@ def build(
     architectures: Sequence[str] = ARCHITECTURES,
     ptx: str | None = ARCHITECTURES[0],
     jobs: int = 0,
+    usage: Path | None = None,
 ) -> Path:
     """Build the library with nvcc; returns where it is.
 
@@ -166,6 +167,7 @@ def build(
         architectures: Devices to compile for, as "87".
         ptx: Architecture of the PTX that serves every newer device; none if None.
         jobs: How many architectures are compiled at a time; 0: as many as there are cores.
+        usage: A file for what the kernels need of a device, as `compiler.usages` reads it.
 
     Raises:
         BackendError: If nvcc or the headers are missing, or nvcc refuses.
@@ -190,7 +192,10 @@ def build(
         str(PLUGIN / "build_info.cpp"),
     ]  # fmt: skip
     fix = "Build against the headers of the TensorRT you run, 10.x or newer."
-    link_library(SOURCE, output, arguments, fix=fix)
+    if usage is None:
+        link_library(SOURCE, output, arguments, fix=fix)
+    else:
+        usage.write_text(link_library(SOURCE, output, ["-Xptxas=-v", *arguments], fix=fix))
     return output
 
 

@@ -34,8 +34,8 @@ def find_nvcc() -> Path:
 
 def link_library(
     source: Path, output: Path, arguments: Sequence[str], *, fix: str | None = None
-) -> None:
-    """Compile a source to a shared library with nvcc, whole or not at all.
+) -> str:
+    """Compile a source to a shared library with nvcc, whole or not at all; returns what nvcc said.
 
     Args:
         source: What is compiled; `arguments` name it.
@@ -61,6 +61,7 @@ def link_library(
                     found=(done.stderr + done.stdout).strip()[:2000], fix=fix,
                 )  # fmt: skip
             partial.replace(output)
+            return done.stdout + done.stderr
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:

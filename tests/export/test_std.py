@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,26 +61,57 @@ FOR_TENSORRT = [
 ]
 MOE = [StdOptions(operators, "float32", "moe") for operators in ("primitive", "modern")]
 ALL = [*WAYS, *FOR_TENSORRT, *MOE]
+PLAIN, *VARIED = [*KINDS, *OTHERS]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *KINDS,
-        *(pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in OTHERS),
-    ],
-    ids=lambda kind: kind if isinstance(kind, str) else " ".join(kind),
+def name_of(way: StdOptions) -> str:
+    return f"{way.operators}-{way.experts}-{way.host}"
+
+
+def named(kind: Any, way: StdOptions | None = None, *, slow: bool) -> Any:
+    name = kind if isinstance(kind, str) else " ".join(kind)
+    values, name = ((kind,), name) if way is None else ((kind, way), f"{name}-{name_of(way)}")
+    return pytest.param(*values, id=name, marks=pytest.mark.slow if slow else ())
+
+
+def pairs() -> list[Any]:
+    """Every kind with every way; fast are the plain kind with all, and a third of the rest."""
+    fast = {(PLAIN, way) for way in ALL}
+    for number, kind in enumerate(kind for kind in VARIED if kind in FAST or kind in KINDS):
+        fast |= {(kind, way) for way in ALL[number % 3 :: 3]}
+    return [
+        named(kind, way, slow=(kind, way) not in fast) for kind in (PLAIN, *VARIED) for way in ALL
+    ]
+
+
+every_kind_and_way = pytest.mark.parametrize(("kind", "options"), pairs())
+every_kind = pytest.mark.parametrize(
+    "kind", [named(kind, slow=kind in OTHERS and kind not in FAST) for kind in (PLAIN, *VARIED)]
 )
-def bundle(request, tmp_path_factory) -> Bundle:
-    root, room = tmp_path_factory.mktemp("std"), None
-    if isinstance(request.param, str):
-        settings = dict(KINDS[request.param])
-        room = settings.pop("room", None)
-        checkpoint = make_tiny_olmoe(root / "checkpoint", seed=6, **settings)
-    else:
-        checkpoint = make_tiny(root / "checkpoint", *request.param, seed=6)
-    export(checkpoint, root / "bundle", experts_per_token=room)
-    return Bundle.open(root / "bundle")
+
+
+@pytest.fixture(scope="module")
+def bundle_of(tmp_path_factory) -> Callable[[Any], Bundle]:
+    """The bundle of a kind, made once."""
+
+    @cache
+    def make(kind: Any) -> Bundle:
+        root, room = tmp_path_factory.mktemp("std"), None
+        if isinstance(kind, str):
+            settings = dict(KINDS[kind])
+            room = settings.pop("room", None)
+            checkpoint = make_tiny_olmoe(root / "checkpoint", seed=6, **settings)
+        else:
+            checkpoint = make_tiny(root / "checkpoint", *kind, seed=6)
+        export(checkpoint, root / "bundle", experts_per_token=room)
+        return Bundle.open(root / "bundle")
+
+    return make
+
+
+@pytest.fixture
+def bundle(bundle_of, kind) -> Bundle:
+    return bundle_of(kind)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +125,7 @@ def sequences() -> list[np.ndarray]:
     return [rng.integers(0, 256, total) for total in TOTALS]
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.operators}-{o.experts}-{o.host}")
+@every_kind_and_way
 def test_segments_agree_with_the_bundles_own(bundle, sequences, options):
     logits, router_logits = split_errors(bundle, options, sequences)
     assert logits <= 1e-4
@@ -100,7 +133,7 @@ def test_segments_agree_with_the_bundles_own(bundle, sequences, options):
 
 
 # Measured: logits 0.005, and 0.03 with the tied head, where they are larger; router logits 0.0024.
-@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.operators}-{o.experts}-{o.host}")
+@every_kind_and_way
 def test_float16_segments_agree_where_the_experts_are_the_same(bundle, sequences, options):
     half = replace(options, precision="float16")
     logits, router_logits = split_errors(bundle, half, sequences, forced=True)
@@ -108,7 +141,7 @@ def test_float16_segments_agree_where_the_experts_are_the_same(bundle, sequences
     assert router_logits <= 0.01
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.operators}-{o.experts}-{o.host}")
+@pytest.mark.parametrize("options", ALL, ids=name_of)
 def test_what_overflows_stays_in_its_row(tmp_path, options):
     """Neither an expert of weight 0 nor a row behind it reaches the first token."""
     checkpoint = make_tiny_olmoe(tmp_path / "checkpoint")
@@ -185,16 +218,27 @@ def states(bundle: Bundle, batch: int) -> Arrays:
     return {f"state_{gate}": np.zeros((batch, 2), np.float32) for gate in gates}
 
 
-@pytest.mark.parametrize("options", ALL, ids=lambda o: f"{o.operators}-{o.experts}-{o.host}")
-def test_the_fused_graph_agrees_with_the_bundles_own(bundle, sequences, options):
-    fused, memory = bundle.manifest.fused, memories(bundle)
-    assert fused is not None
-    expected = [
-        own_layout(bundle, fused.file, tokens,
-                   memory | states(bundle, 1) | {"lengths": np.array([len(tokens)])})
-        for tokens in sequences
-    ]  # fmt: skip
-    assert expected[0]["confidence_1"].mean() > 0.1  # the memory does take part
+@pytest.fixture(scope="module")
+def whole_of(bundle_of, sequences) -> Callable[[Any], list[Arrays]]:
+    """Of a kind, its bundle's own fused graph with those memories over each whole sequence."""
+
+    @cache
+    def run_them(kind: Any) -> list[Arrays]:
+        bundle = bundle_of(kind)
+        memory, file = memories(bundle) | states(bundle, 1), bundle.manifest.fused.file
+        return [
+            own_layout(bundle, file, tokens, memory | {"lengths": np.array([len(tokens)])})
+            for tokens in sequences
+        ]
+
+    return run_them
+
+
+@every_kind_and_way
+def test_the_fused_graph_agrees_with_the_bundles_own(bundle, kind, sequences, whole_of, options):
+    whole = whole_of(kind)
+    assert whole[0]["confidence_1"].mean() > 0.1  # the memory does take part
+    memory = memories(bundle)
     session = std_session(bundle, StdModel.of(bundle, options).fused())
     caches, state = Caches(bundle, options, len(sequences)), states(bundle, len(sequences))
     for step in steps(sequences):
@@ -207,12 +251,11 @@ def test_the_fused_graph_agrees_with_the_bundles_own(bundle, sequences, options)
         caches.take(found, step.lengths)
         caches.advance(step.lengths)
         for name in [n for n in found if n.startswith(("logits", "expert_", "confidence_"))]:
-            for row, b, position in step.real:
-                np.testing.assert_allclose(
-                    found[name][row], expected[b][name][position], atol=1e-4, err_msg=name
-                )
+            both = step.both(found[name], [outputs[name] for outputs in whole])
+            np.testing.assert_allclose(*both, atol=1e-4, err_msg=name)
 
 
+@every_kind
 def test_a_float16_fused_graph_is_its_segments_with_its_gates(bundle, sequences):
     options = StdOptions("primitive", "float16", "gathered")
     model, memory, step = StdModel.of(bundle, options), memories(bundle), steps(sequences)[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -94,8 +96,9 @@ def compile_emulation(
     ):
         digest.update(file.read_bytes())
     library = BUILD / f"{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
+    with alone(library):
+        if library.exists():
+            return library
         partial = library.with_suffix(".partial")
         command = [
             compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing",
@@ -107,6 +110,15 @@ def compile_emulation(
         assert done.returncode == 0, done.stderr[-4000:]
         partial.replace(library)
     return library
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """While this process makes a file or folder, no other does."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @cache

@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from emulated import BUILD
+from emulated import BUILD, alone
 
 from knnmoe.runtime.errors import BackendError
 from knnmoe.trt_plugins import library
 from knnmoe.trt_plugins.harness import SOURCE, build_harness
 from knnmoe.trt_plugins.toolchain import find_nvcc
+
+ARCHITECTURE, USAGE = "90", "usage.txt"
 
 
 def find_headers() -> Path:
@@ -36,11 +38,21 @@ def built_plugin() -> Path:
     """What TensorRT sees of it on the host is the same for every architecture."""
     headers = find_headers()
     need_nvcc()
-    folder = BUILD.parent / "plugin" / f"{library.source_hash()}-{library.header_version(headers)}"
+    name = f"{library.source_hash()}-{library.header_version(headers)}-{ARCHITECTURE}"
+    folder = BUILD.parent / "plugin" / name
     path = folder / library.LIBRARY
-    if not path.is_file():
-        library.build(path, headers=headers, architectures=("86",), ptx=None)
+    with alone(folder):
+        if not path.is_file():
+            library.build(
+                path, headers=headers, architectures=(ARCHITECTURE,), ptx=None,
+                usage=folder / USAGE,
+            )  # fmt: skip
     return path
+
+
+def usage_of_the_plugin() -> str:
+    """What its compiler said of the kernels."""
+    return (built_plugin().parent / USAGE).read_text()
 
 
 def built_harness(headers: Path | None = None) -> Path:
@@ -49,4 +61,5 @@ def built_harness(headers: Path | None = None) -> Path:
     need_nvcc()
     stamp = f"{SOURCE.stat().st_mtime_ns:x}-{library.header_version(headers)}"
     path = BUILD.parent / "plugin" / f"harness-{stamp}.so"
-    return path if path.is_file() else build_harness(path, headers=headers)
+    with alone(path):
+        return path if path.is_file() else build_harness(path, headers=headers)

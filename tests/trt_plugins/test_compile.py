@@ -6,9 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+from plugin_library import ARCHITECTURE, usage_of_the_plugin
 
 from knnmoe.runtime.errors import BackendError
-from knnmoe.trt_plugins.compiler import ARCHITECTURES, KernelUsage, compile_kernels, compile_ptx
+from knnmoe.trt_plugins.compiler import (
+    ARCHITECTURES,
+    KernelUsage,
+    compile_kernels,
+    compile_ptx,
+    usages,
+)
 from knnmoe.trt_plugins.plan import SOURCE
 from knnmoe.trt_plugins.toolchain import find_nvcc
 
@@ -25,8 +32,8 @@ def _nvcc() -> None:
         pytest.skip(str(error))
 
 
-def check(architecture: str, usages: list[KernelUsage]) -> None:
-    by_name = {usage.kernel: usage for usage in usages}
+def check(architecture: str, found: list[KernelUsage]) -> None:
+    by_name = {usage.kernel: usage for usage in found}
     assert set(by_name) == {name for name, _, _ in KERNELS}
     for name, warps, blocks in KERNELS:
         usage = by_name[name]
@@ -48,16 +55,21 @@ def test_kernels_of_the_two_stage_search_ask_for_as_many_blocks_as_an_exact_scan
         assert blocks[f"prefill_rescore_{key_type}"] == 2
 
 
-def test_kernels_compile_without_spilling(tmp_path: Path) -> None:
-    cubin = tmp_path / "knn_blend.cubin"
-    check("90", compile_kernels("90", cubin))
-    assert cubin.read_bytes().startswith(b"\x7fELF")
+def test_kernels_compile_without_spilling() -> None:
+    """Those of the plugin, which is compiled for one architecture for other tests anyway."""
+    said = usage_of_the_plugin()
+    assert "warning" not in said
+    check(ARCHITECTURE, usages(ARCHITECTURE, said))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "90"])
-def test_kernels_compile_for_every_target_without_spilling(architecture: str) -> None:
-    check(architecture, compile_kernels(architecture))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_for_every_target_without_spilling(
+    architecture: str, tmp_path: Path
+) -> None:
+    cubin = tmp_path / "knn_blend.cubin"
+    check(architecture, compile_kernels(architecture, cubin))
+    assert cubin.read_bytes().startswith(b"\x7fELF")
 
 
 @pytest.mark.slow

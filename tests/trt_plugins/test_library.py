@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from plugin_library import built_plugin, find_headers, need_nvcc
+from plugin_library import ARCHITECTURE, built_plugin, find_headers, need_nvcc
 
 from knnmoe.runtime.errors import BackendError, OutputError
 from knnmoe.trt_plugins import library, toolchain
@@ -194,4 +194,4 @@ def test_the_built_library_says_what_it_was_built_from() -> None:
     assert said is not None
     assert said.source == library.source_hash()
     assert said.tensorrt == library.header_version(find_headers())
-    assert said.architectures == ("86",)
+    assert said.architectures == (ARCHITECTURE,)

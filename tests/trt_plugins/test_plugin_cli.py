@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,13 @@ def test_help_answers_at_once_and_imports_nothing_heavy(command: list[str]) -> N
         "heavy = {'numpy', 'rich', 'knnmoe.trt_plugins.library', 'knnmoe.calibration.cli'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
     )
-    seconds = []
-    for _ in range(3):  # the least of them: other programs run here, too
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(b"Usage: ")
-    assert min(seconds) < 0.5
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"Usage: ")
+    # Of the processor, not of the clock: other programs run here, too.
+    assert after.children_user - before.children_user < 1
 
 
 def test_the_group_is_listed_without_being_imported() -> None:

@@ -17,12 +17,12 @@ import pytest
 import step_emulated
 from emulated import SANITIZERS, SCHEDULES, compile_emulation
 from fake_cupy import fake_cupy
+from nvrtc import compiled
 
 from knnmoe.runtime.errors import BackendError, SettingError
 from knnmoe.runtime.gates.base import pad_experts
 from knnmoe.runtime.routing import RoutingRule, select_assignments
 from knnmoe.trt_plugins.compiler import ARCHITECTURES, compile_kernels
-from knnmoe.trt_plugins.cupy_prototype import NVRTC_OPTIONS
 from knnmoe.trt_plugins.step_kernels import (
     APPEND_PARAMS,
     CACHE_PAIR,
@@ -31,7 +31,7 @@ from knnmoe.trt_plugins.step_kernels import (
     SOURCE,
     StepKernels,
 )
-from knnmoe.trt_plugins.toolchain import find_cuda_headers, find_nvcc
+from knnmoe.trt_plugins.toolchain import find_nvcc
 
 KERNELS = [
     *(f"knnmoe_step_{kind}_{size}" for kind in ("route", "assign", "heaviest") for size in SIZES),
@@ -556,20 +556,7 @@ def test_the_kernels_compile_without_spilling(architecture: str) -> None:
     "architecture", ["87", *(pytest.param(a, marks=pytest.mark.slow) for a in ("90", "120"))]
 )
 def test_nvrtc_compiles_the_kernels_as_cupy_asks_it_to(architecture: str) -> None:
-    bindings = pytest.importorskip("cuda.bindings.nvrtc")
-    created = bindings.nvrtcCreateProgram(SOURCE.read_bytes(), b"step.cu", 0, [], [])
-    assert created[0] == bindings.nvrtcResult.NVRTC_SUCCESS
-    options = [
-        *NVRTC_OPTIONS, f"-I{find_cuda_headers()}", f"-arch=sm_{architecture}",
-        "--device-as-default-execution-space",
-    ]  # fmt: skip
-    encoded = [option.encode() for option in options]
-    (result,) = bindings.nvrtcCompileProgram(created[1], len(encoded), encoded)
-    log = b" " * bindings.nvrtcGetProgramLogSize(created[1])[1]
-    bindings.nvrtcGetProgramLog(created[1], log)
-    assert result == bindings.nvrtcResult.NVRTC_SUCCESS, log.decode()
-    cubin = b" " * bindings.nvrtcGetCUBINSize(created[1])[1]
-    bindings.nvrtcGetCUBIN(created[1], cubin)
+    cubin = compiled(SOURCE, architecture)
     for kernel in KERNELS:
         assert kernel.encode() in cubin
 
