@@ -29,7 +29,7 @@ lint: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/mypy examples/demo/*.py benchmarks/*.py
+	$(BIN)/mypy examples/*.py examples/demo/*.py benchmarks/*.py
 
 test-main: .venv/ready texts
 	$(RUN) -m pytest -m "not slow"
