@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from knnmoe.calibration.recall import principal, project_keys, turned
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration, Similarity
+from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.memory import prepare_keys
+from knnmoe.runtime.stored_values import ValueType, store_values
 
 
 def random_memory(
@@ -69,3 +72,64 @@ def random_calibration(seed: int, **fixed: Any) -> Calibration:
         decay=float(rng.choice([1.0, 0.97, 0.7])),
     )
     return replace(numbers, **fixed)
+
+
+def random_compressed(
+    seed: int,
+    *,
+    entries: int = 200,
+    hidden_size: int = 64,
+    num_experts: int = 8,
+    k: int = 4,
+    n_valid: int | None = None,
+    similarity: Similarity = "cosine",
+    dtype: Any = np.float16,
+    stored_values: ValueType | None = None,
+    bits: int = 8,
+    width: int = 32,
+    candidates: int = 32,
+    duplicates: bool = False,
+    rule_first: bool = False,
+    calibration: Calibration | None = None,
+    weighted: bool = False,
+) -> CompressedMemory:
+    """A compressed memory of random entries far from the origin, as `random_memory` otherwise.
+
+    Its keys are of `dtype`, None for projected ones alone.
+    """
+    rng = np.random.default_rng(seed)
+    spread = np.arange(1, hidden_size + 1) ** -0.7
+    keys: Any = rng.normal(size=(entries, hidden_size)) * spread + 2
+    if duplicates:
+        keys = keys[rng.integers(0, max(1, entries // 3), entries)]
+    center = keys.mean(axis=0).astype(np.float32)
+    steps = np.ones(entries, np.float32)
+    if dtype == np.int8:
+        steps = (np.abs(keys - center).max(axis=1) / 127).astype(np.float32)
+        keys = np.rint((keys - center) / steps[:, None])
+    keys = keys.astype(dtype or np.float32)
+    shift = 0 if dtype == np.int8 else center
+    centred = (keys.astype(np.float32) - shift) * steps[:, None]
+    lengths = np.linalg.norm(centred, axis=1).astype(np.float32)
+    scan = project_keys(centred, turned(principal(centred), width, seed), bits)
+    if dtype is None:
+        keys, steps = None, scan.scales
+    cosine = similarity == "cosine"
+    values: Any = rng.normal(size=(entries, num_experts)).astype(np.float32)
+    values = np.abs(values) if rule_first else values
+    return CompressedMemory(
+        keys=keys,
+        multipliers=(steps / lengths if cosine else steps)[:, None],
+        norms=np.ones_like(lengths) if cosine else lengths**2,
+        lengths=lengths,
+        scan=scan,
+        candidates=candidates,
+        values=values if stored_values is None else store_values(values, stored_values),
+        n_valid=entries if n_valid is None else n_valid,
+        k=k,
+        center=center,
+        calibration=calibration or Calibration(),
+        similarity=similarity,
+        rule_first=rule_first,
+        evidence_weights=rng.choice([0, 0.5, 1], entries).astype(np.float32) if weighted else None,
+    )

@@ -14,7 +14,8 @@ from numpy.typing import DTypeLike, NDArray
 
 IR_VERSION = 10
 OPSETS = (("", 20), ("com.microsoft", 1))
-_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7, "float16": 10}
+FLOAT = 1  # ONNX's number of the type
+_TYPES = {"float32": FLOAT, "uint8": 2, "int8": 3, "int64": 7, "float16": 10}
 _EXTERNAL = 1
 
 Dimension = int | str
@@ -38,6 +39,47 @@ class Tensor:
     name: str
     dtype: DTypeLike
     shape: Sequence[Dimension]
+
+
+class NodeList:
+    """Nodes in the order they run, each naming what it leaves, and the constants they take.
+
+    Attributes:
+        nodes: As `graph_bytes` takes them.
+        constants: By name.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.constants: dict[str, NDArray[np.generic]] = {}
+
+    def op(
+        self, op: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: int
+    ) -> str:
+        """Append an operator with one output and return its name: `out`, or one of its own."""
+        out = out or f"{op}_{len(self.nodes)}"
+        return self.ops(op, *inputs, out=(out,), domain=domain, **attributes)[0]
+
+    def ops(
+        self, op: str, *inputs: str, out: Sequence[str], domain: str = "", **attributes: int
+    ) -> Sequence[str]:
+        """The same with the outputs named in `out`."""
+        self.nodes.append(Node(op, inputs, out, tuple(attributes.items()), domain))
+        return out
+
+    def number(self, content: float) -> str:
+        """A scalar fp32 constant."""
+        return self.constant(f"number_{content!r}", np.array(content, np.float32))
+
+    def ints(self, *content: int) -> str:
+        """A constant row of int64."""
+        name = "ints_" + "_".join(map(str, content))
+        return self.constant(name, np.array(content, np.int64))
+
+    def constant(self, name: str, content: NDArray[np.generic]) -> str:
+        """A constant, and its name again."""
+        self.constants[name] = content
+        return name
 
 
 def graph_bytes(

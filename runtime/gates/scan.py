@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from ..blend import RBF_CLIP, GateMemory
 from ..compressed import CompressedMemory
 from ..engines.base import Engine, Run
-from ..engines.onnx_bytes import Node, Tensor, graph_bytes
+from ..engines.onnx_bytes import NodeList, Tensor, graph_bytes
 from ..engines.onnxruntime import OrtEngine
 from ..projection import block_size
 from ..stored_values import dense
 from ..two_stage import quantize_keys
-from .gather import key_inputs, key_nodes, value_inputs, value_nodes
+from .gather import append_keys, append_values, key_inputs, value_inputs
 
 _QUANTIZED_AT_ONCE = 1 << 22  # elements
 
@@ -151,48 +151,18 @@ def projected_scan_engine(
     rounded to int8 in blocks: `two_stage.projected_scores` with `int8_queries`. The keys' norms,
     where they count, and the mask of entries from n_valid are the second product's bias.
     """
-    count, size = memory.entries, memory.size
-    scan, rbf = memory.scan, memory.similarity == "rbf"
-    bias = -memory.norms if rbf else np.zeros(count, np.float32)
-    bias = np.where(np.arange(count) < memory.n_valid, bias, -np.inf).astype(np.float32)
-    constants: dict[str, NDArray[Any]] = {
-        "center": np.ascontiguousarray(memory.center, np.float32),
-        "low": np.array(-RBF_CLIP, np.float32),
-        "high": np.array(RBF_CLIP, np.float32),
-        "r": np.array([candidates], np.int64),
-    }
-    directions = scan.projection.view(np.uint8) ^ np.uint8(128)  # the same steps from 128
-    weights: dict[str, NDArray[Any]] = {
-        "directions": _in_blocks(directions, size, 1),
-        "direction_scales": _block_scales(scan.projection_scales, size),
-        "codes": _in_blocks(scan.codes, scan.width, 8 // scan.bits),
-        "code_scales": _block_scales(memory.scan_scales() * (2 if rbf else 1), scan.width),
-        "bias": bias,
-    }
-    read_keys, read_values = key_nodes(memory, "rows"), value_nodes(memory.values)
-    constants |= {**read_keys.constants, **read_values.constants}
-    nodes = [
-        Node("Sub", ["router_input", "center"], ["centred"]),
-        Node("Clip", ["centred", "low", "high"], ["queries"]),
-        _bits_product(
-            ["queries", "directions", "direction_scales"], "projected", (scan.width, size), 8
-        ),
-        _bits_product(
-            ["projected", "codes", "code_scales", "", "", "bias"],
-            "scores",
-            (count, scan.width),
-            scan.bits,
-        ),
-        *_best("scores", "candidates"),
-        *read_keys.nodes,
-        Node("Gather", ["multipliers", "candidates"], ["factors"]),
-        Node("Mul", ["rows", "factors"], ["candidate_keys"]),
-        Node("Gather", ["key_scales", "candidates"], ["candidate_scales"]),
-        *read_values.nodes,
-    ]
-    experts = memory.values.shape[1]
+    g = NodeList()
+    size, experts = memory.size, memory.values.shape[1]
+    g.constant("center", np.ascontiguousarray(memory.center, np.float32))
+    queries = _centred(g, RBF_CLIP)
+    scores, weights = projected_scores(g, memory, queries, memory.entries)
+    _best(g, scores, candidates)
+    rows = append_keys(g, memory, "candidates", "rows")
+    g.op("Mul", rows, g.op("Gather", "multipliers", "candidates"), out="candidate_keys")
+    append_values(g, memory.values, "candidates", "candidate_values")
+    g.op("Gather", "key_scales", "candidates", out="candidate_scales")
     graph = graph_bytes(
-        nodes,
+        g.nodes,
         [
             Tensor("router_input", np.float32, ("tokens", size)),
             *(Tensor(name, array.dtype, array.shape) for name, array in inputs.items()),
@@ -203,10 +173,42 @@ def projected_scan_engine(
             Tensor("candidate_scales", np.float32, ("tokens", candidates, 2)),
             Tensor("candidate_values", np.float32, ("tokens", candidates, experts)),
         ],
-        constants,
+        g.constants,
         weights,
     )
     return OrtEngine(graph, threads=threads, weights=weights)
+
+
+def projected_scores(
+    g: NodeList, memory: CompressedMemory, queries: str, count: int
+) -> tuple[str, dict[str, NDArray[Any]]]:
+    """Append the scan of projected keys: scores [T, count], and the weights it multiplies by.
+
+    Args:
+        g: Where to.
+        memory: Its projection is scanned.
+        queries: Centred router inputs [T, D]; for cosine of any length.
+        count: N or more; what is more has a score of -inf.
+    """
+    size, scan, rbf = memory.size, memory.scan, memory.similarity == "rbf"
+    bias = -memory.norms if rbf else np.zeros(memory.entries, np.float32)
+    bias = np.where(np.arange(len(bias)) < memory.n_valid, bias, -np.inf).astype(np.float32)
+    missing = (0, count - len(bias))
+    codes = np.pad(scan.codes, (missing, (0, 0)))
+    scales = np.pad(memory.scan_scales() * np.float32(2 if rbf else 1), missing)
+    directions = scan.projection.view(np.uint8) ^ np.uint8(128)  # the same steps from 128
+    weights: dict[str, NDArray[Any]] = {
+        "directions": _in_blocks(directions, size, 1),
+        "direction_scales": _block_scales(scan.projection_scales, size),
+        "codes": _in_blocks(codes, scan.width, 8 // scan.bits),
+        "code_scales": _block_scales(scales, scan.width),
+        "bias": np.pad(bias, missing, constant_values=-np.inf),
+    }
+    projected = _bits_product(g, [queries, "directions", "direction_scales"], (scan.width, size), 8)
+    scores = _bits_product(
+        g, [projected, "codes", "code_scales", "", "", "bias"], (count, scan.width), scan.bits
+    )
+    return scores, weights
 
 
 def scan_engine(memory: GateMemory, candidates: int, *, threads: int | None = None) -> OrtEngine:
@@ -215,56 +217,54 @@ def scan_engine(memory: GateMemory, candidates: int, *, threads: int | None = No
     Rows of int8 queries times columns of int8 keys, exact in integers; the sums become scores as
     `two_stage.scan_scores` has them, those of cosine but for the length of the query.
     """
-    keys, scales, norms = _scan_weights(memory)
-    size = memory.keys.shape[1]
+    g = NodeList()
+    g.constant("center", np.ascontiguousarray(memory.center, np.float32))
     cosine = memory.similarity == "cosine"
-    bound = np.float32(np.finfo(np.float32).max if cosine else RBF_CLIP)
-    step = np.array(1 / 127, np.float32)
-    constants: dict[str, NDArray[Any]] = {
-        "center": np.ascontiguousarray(memory.center, np.float32),
-        "low": np.array(-bound, np.float32),
-        "high": np.array(bound, np.float32),
-        "zero": np.array(0, np.float32),
-        "one": np.array(1, np.float32),
-        "columns": np.array([1], np.int64),
-        "step": step,
-        "middle": np.array(128, np.uint8),
-        "r": np.array([candidates], np.int64),
-    }
-    weights: dict[str, NDArray[Any]] = {"keys": keys, "scales": scales}
-    product_inputs = ["bytes", "keys", "step", "scales", "middle", ""]
-    nodes = [
-        Node("Sub", ["router_input", "center"], ["centred"]),
-        Node("Clip", ["centred", "low", "high"], ["queries"]),
-        Node("Abs", ["queries"], ["sizes"]),
-        Node("ReduceMax", ["sizes", "columns"], ["largest"]),
-        Node("Greater", ["largest", "zero"], ["positive"]),
-        Node("Where", ["positive", "largest", "one"], ["divisor"]),
-        Node("Div", ["queries", "divisor"], ["unit"]),
-        Node("QuantizeLinear", ["unit", "step", "middle"], ["bytes"]),
-    ]
-    valid = np.arange(len(memory.keys)) < memory.n_valid
-    if cosine:
-        # Of one query all scores may be as many times too large: the mask can ride in the product.
-        constants["mask"] = np.where(valid, 0, -np.inf).astype(np.float32)
-        nodes.append(_times([*product_inputs, "mask"], "scores"))
-    else:
-        constants["norms"] = np.where(valid, norms, np.inf).astype(np.float32)
-        nodes += [
-            _times(product_inputs[:-1], "products"),
-            Node("Add", ["largest", "largest"], ["twice"]),
-            Node("Mul", ["products", "twice"], ["nearness"]),
-            Node("Sub", ["nearness", "norms"], ["scores"]),
-        ]
-    nodes += _best("scores", "candidates")
+    queries = _centred(g, float(np.finfo(np.float32).max) if cosine else RBF_CLIP)
+    scores, weights = int8_scores(g, memory, queries)
+    _best(g, scores, candidates)
     graph = graph_bytes(
-        nodes,
-        [Tensor("router_input", np.float32, ("tokens", size))],
+        g.nodes,
+        [Tensor("router_input", np.float32, ("tokens", memory.keys.shape[1]))],
         [Tensor("candidates", np.int64, ("tokens", candidates))],
-        constants,
+        g.constants,
         weights,
     )
     return OrtEngine(graph, threads=threads, weights=weights, precise_int8=int8_is_cut_off())
+
+
+def int8_scores(
+    g: NodeList, memory: GateMemory, queries: str
+) -> tuple[str, dict[str, NDArray[Any]]]:
+    """Append the scan of int8 keys: scores [T, N], and the weights it multiplies by.
+
+    Args:
+        g: Where to.
+        memory: Its keys are made int8 now.
+        queries: Centred router inputs [T, D]; for cosine of any length.
+    """
+    keys, scales, norms = _scan_weights(memory)
+    valid = np.arange(len(memory.keys)) < memory.n_valid
+    largest = g.op("ReduceMax", g.op("Abs", queries), g.ints(1))
+    positive = g.op("Greater", largest, g.number(0))
+    unit = g.op("Div", queries, g.op("Where", positive, largest, g.number(1)))
+    step, middle = g.number(1 / 127), g.constant("middle", np.array(128, np.uint8))
+    rounded = g.op("QuantizeLinear", unit, step, middle)
+    weights: dict[str, NDArray[Any]] = {"int8_keys": keys, "int8_scales": scales}
+    factors = [rounded, "int8_keys", step, "int8_scales", middle]
+    if memory.similarity == "cosine":
+        # Of one query all scores may be as many times too large: the mask can ride in the product.
+        mask = g.constant("mask", np.where(valid, 0, -np.inf).astype(np.float32))
+        return _times(g, [*factors, "", mask]), weights
+    g.constant("norms", np.where(valid, norms, np.inf).astype(np.float32))
+    nearness = g.op("Mul", _times(g, factors), g.op("Add", largest, largest))
+    return g.op("Sub", nearness, "norms"), weights
+
+
+def _centred(g: NodeList, bound: float) -> str:
+    """Router inputs [T, D] minus the centre, within a bound."""
+    centred = g.op("Sub", "router_input", "center")
+    return g.op("Clip", centred, g.number(-bound), g.number(bound))
 
 
 @cache
@@ -275,21 +275,24 @@ def int8_is_cut_off() -> bool:
         "keys": np.full((size, count), 127, np.int8),
         "scales": np.ones(count, np.float32),
     }
+    g = NodeList()
+    step, middle = g.number(1), g.constant("middle", np.array(128, np.uint8))
+    products = _times(g, ["bytes", "keys", step, "scales", middle])
     graph = graph_bytes(
-        [_times(["bytes", "keys", "step", "scales", "middle"], "products")],
+        g.nodes,
         [Tensor("bytes", np.uint8, (1, size))],
-        [Tensor("products", np.float32, (1, count))],
-        {"step": np.array(1, np.float32), "middle": np.array(128, np.uint8)},
+        [Tensor(products, np.float32, (1, count))],
+        g.constants,
         weights,
     )
     got = np.zeros((1, count), np.float32)
     queries = np.full((1, size), 255, np.uint8)
-    OrtEngine(graph, threads=1, weights=weights).bind({"bytes": queries}, {"products": got})()
+    OrtEngine(graph, threads=1, weights=weights).bind({"bytes": queries}, {products: got})()
     return bool((got != size * 127 * 127).any())
 
 
-def _times(inputs: list[str], output: str) -> Node:
-    return Node("MatMulIntegerToFloat", inputs, [output], domain="com.microsoft")
+def _times(g: NodeList, inputs: list[str]) -> str:
+    return g.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
 
 
 def _scan_weights(
@@ -308,22 +311,20 @@ def _scan_weights(
     return keys, np.ascontiguousarray(scales[:, 0]), scales[:, 1]
 
 
-def _best(scores: str, candidates: str) -> list[Node]:
-    """The R entries with the best scores [T, N], in rising order [T, R]."""
-    return [
-        Node("TopK", [scores, "r"], ["best", "ranked"], [("axis", 1), ("sorted", 0)]),
-        Node("TopK", ["ranked", "r"], [candidates, "order"], [("axis", 1), ("largest", 0)]),
-    ]
+def _best(g: NodeList, scores: str, candidates: int) -> None:
+    """The R entries with the best scores [T, N], in rising order: `candidates` [T, R]."""
+    r = g.ints(candidates)
+    ranked = g.ops("TopK", scores, r, out=("best", "ranked"), axis=1, sorted=0)[1]
+    g.ops("TopK", ranked, r, out=("candidates", "order"), axis=1, largest=0)
 
 
-def _bits_product(inputs: list[str], output: str, shape: tuple[int, int], bits: int) -> Node:
+def _bits_product(g: NodeList, inputs: list[str], shape: tuple[int, int], bits: int) -> str:
     """A product of fp32 rows [T, K], rounded to int8, with weights [N, K] of some bits."""
     outer, inner = shape
-    attributes = [
-        ("K", inner), ("N", outer), ("bits", bits), ("block_size", block_size(inner)),
-        ("accuracy_level", 4),
-    ]  # fmt: skip
-    return Node("MatMulNBits", inputs, [output], attributes, "com.microsoft")
+    return g.op(
+        "MatMulNBits", *inputs, K=inner, N=outer, bits=bits, block_size=block_size(inner),
+        accuracy_level=4, domain="com.microsoft",
+    )  # fmt: skip
 
 
 def _in_blocks(codes: NDArray[np.uint8], width: int, a_byte: int) -> NDArray[np.uint8]:

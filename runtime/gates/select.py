@@ -16,7 +16,7 @@ from ..routing import RoutingRule
 from .base import Gate
 from .faiss import EXACT_ENTRIES, FaissGate, FaissGpuGate, build_index, check_gpu, load_faiss
 from .numpy import NumpyGate
-from .onnx import OnnxGate, graph_name
+from .onnx import FROZEN, OnnxGate, graph_name
 from .two_stage import TwoStageGate, pays
 
 Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "two-stage", "faiss", "faiss-gpu"]
@@ -50,7 +50,9 @@ def make_gate(
     chosen = choose(memory) if backend == "auto" else backend
     if chosen == "two-stage" and memory is not None:
         engine = engine_of(graph_name(memory))
-        return TwoStageGate.over(engine, memory, rule, experts_per_token, selection_bias)
+        return TwoStageGate.over(
+            engine, memory, rule, experts_per_token, selection_bias, frozen=engine_of(FROZEN)
+        )
     memory = widened(memory)
     if chosen in ("onnx", "two-stage"):
         return OnnxGate.over(engine_of(graph_name(memory)), memory, selection_bias)

@@ -2,7 +2,8 @@
 
 What is scanned is int8 keys made of the memory's keys when it is put in place, so that a memory
 takes 5 bytes an element of its keys instead of 4; or, of a compressed memory, its projected keys,
-and then the full keys stay as they are stored (scan.py). What follows the scan of one token is the
+and then the full keys stay as they are stored (scan.py). One token of one sequence has a graph of
+its own for all of it (one_token.py), or, where the memory has none, the scan's and behind it the
 bundle's own gate over the R candidates. Several tokens have candidates each of their own, which is
 NumPy's; where that takes longer than to score all entries in one product, that is done instead.
 The reference is runtime/two_stage.py with `int8_queries`.
@@ -11,6 +12,7 @@ The reference is runtime/two_stage.py with `int8_queries`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ..routing import RoutingRule
 from ..two_stage import MAX_CANDIDATES, rank_products
 from .base import GateBuffers, GateTrace
 from .numpy import NumpyGate
+from .one_token import OneTokenGate, serves
 from .onnx import OnnxGate
 from .scan import Candidates, Int8Scan, ProjectedScan, Scan, scan_engine
 
@@ -45,6 +48,7 @@ class TwoStageGate(NumpyGate):
         scan: Finds the candidates, in a memory as it is or compressed.
         gate: The engine of the bundle's gate graph for the memory.
         many: Whether calls of several tokens are searched in two stages too, or exactly.
+        one_token: What routes one token of one sequence, if the memory has such a gate.
         memory: What is blended; its keys are read by exact searches alone.
     """
 
@@ -52,6 +56,7 @@ class TwoStageGate(NumpyGate):
     scan: Scan
     gate: Engine
     many: bool
+    one_token: OneTokenGate | None = None
 
     backend = "two-stage"
 
@@ -64,6 +69,7 @@ class TwoStageGate(NumpyGate):
         selection_bias: NDArray[np.float32] | None = None,
         *,
         candidates: int | None = None,
+        frozen: OrtEngine | None = None,
     ) -> TwoStageGate:
         """The gate of one memory.
 
@@ -72,6 +78,8 @@ class TwoStageGate(NumpyGate):
             memory: Its keys are read now, and again at every call.
             rule, experts_per_token, selection_bias: See `NumpyGate`.
             candidates: R; None takes what the projection was made for, or the most there are.
+            frozen: Of the bundle's gate graph without a memory: routes single tokens after a
+                retrieval of their own (one_token.py) where the memory has one.
 
         Raises:
             SettingError: If the memory asks for more than R neighbours.
@@ -91,6 +99,9 @@ class TwoStageGate(NumpyGate):
         else:
             scan = Int8Scan(scan_engine(memory, count, threads=engine.threads), memory, count)
             whole, many = memory, pays_for_many(memory)
+        one_token = None
+        if frozen is not None and serves(memory, count):
+            one_token = OneTokenGate.over(memory, count, frozen, selection_bias)
         return TwoStageGate(
             rule=rule,
             experts_per_token=experts_per_token,
@@ -99,6 +110,7 @@ class TwoStageGate(NumpyGate):
             scan=scan,
             gate=engine,
             many=many,
+            one_token=one_token,
         )
 
     @property
@@ -117,6 +129,24 @@ class TwoStageGate(NumpyGate):
             if self.many:
                 return super().bind(buffers, trace)
             return OnnxGate.over(self.gate, self.memory, self.selection_bias).bind(buffers, trace)
+        if self.one_token is None:
+            return self._bind_one(buffers, trace)
+        alone, lengths = self.one_token.bind(buffers, trace), buffers.lengths
+
+        @cache
+        def padded() -> Run:
+            return self._bind_one(buffers, trace)
+
+        def run() -> None:
+            if lengths[0]:
+                alone()
+            else:  # a sequence that has ended: its evidence stays as it is
+                padded()()
+
+        return run
+
+    def _bind_one(self, buffers: GateBuffers, trace: GateTrace | None) -> Run:
+        """One token by the bundle's own gate graph over its candidates."""
         found = self._buffers(1)
         scan = self.scan.bind(buffers.router_input, found)
         among = replace(

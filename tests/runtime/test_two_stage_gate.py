@@ -54,7 +54,10 @@ class Bench:
 
     def gate(self, memory: Any, *, candidates: int = 64, many: bool = True) -> TwoStageGate:
         engine = self.engine(graph_name(memory))
-        made = TwoStageGate.over(engine, memory, self.rule, self.room, candidates=candidates)
+        made = TwoStageGate.over(
+            engine, memory, self.rule, self.room, candidates=candidates,
+            frozen=self.engine("frozen"),
+        )  # fmt: skip
         return replace(made, many=many)
 
     def run(self, gate: Any, x: Any, rows: Any, state: Any) -> tuple[GateBuffers, GateTrace]:
