@@ -26,9 +26,11 @@ from knnmoe.runtime.atomic import new_directory
 from knnmoe.runtime.blend import unit_rows
 from knnmoe.runtime.calibration import Variant
 from knnmoe.runtime.compressed_files import (
+    KEY_LENGTHS,
     ScanStatement,
     ValuesOf,
     ValuesStatement,
+    centred_lengths,
     width_is_possible,
 )
 from knnmoe.runtime.errors import MemoryPackError, SettingError
@@ -311,8 +313,10 @@ def _compress_gate(
     if settings.keys == "projected":
         scan = replace(scan, scales=scan.scales * np.float32(found.correction))
     values, tensors = _values(entries, pack.variant, settings.values)
+    stored = _keys(entries, settings.keys)
     tensors |= {
-        **_keys(entries, settings.keys),
+        **stored,
+        KEY_LENGTHS: _lengths(entries, stored, pack.path / gate.stored.file),
         "center": entries.center,
         "scan_projection": scan.projection,
         "scan_projection_scales": scan.projection_scales,
@@ -326,6 +330,7 @@ def _compress_gate(
         pack.neighbors,
         pack.similarity,
         round(choice.recall, 6),
+        lengths=True,
     )
     result = {
         "gate": gate.gate,
@@ -446,12 +451,11 @@ def _project(entries: GateEntries, matrix: Floats, bits: int) -> ProjectedKeys:
 
 
 def _keys(entries: GateEntries, kind: Keys) -> Mapping[str, NDArray[Any]]:
-    """The full keys as they are stored, with their steps where they are int8."""
+    """The full keys as they are stored, if they are, with their steps where they are int8."""
     if kind == "as-stored":
         return {"keys": entries.keys}
     if kind == "projected":
-        parts = [np.linalg.norm(_centred(entries, piece), axis=1) for piece in _pieces(entries)]
-        return {"key_lengths": np.concatenate(parts).astype(np.float32)}
+        return {}
     if kind == "fp16":
         if np.abs(entries.keys).max() > np.finfo(np.float16).max:
             raise SettingError(
@@ -467,3 +471,12 @@ def _keys(entries: GateEntries, kind: Keys) -> Mapping[str, NDArray[Any]]:
         keys[piece] = np.rint(centred / np.where(largest > 0, largest, 1) * 127)
         steps[piece] = largest[:, 0] / 127
     return {"keys": keys, "key_steps": steps}
+
+
+def _lengths(
+    entries: GateEntries, stored: Mapping[str, NDArray[Any]], where: Path
+) -> NDArray[np.float32]:
+    """Lengths [N] of the centred keys as they are stored, or as they were if none are."""
+    keys = stored.get("keys", entries.keys)
+    pieces = (keys[piece] for piece in _pieces(entries))
+    return centred_lengths(pieces, entries.center, stored.get("key_steps"), where)

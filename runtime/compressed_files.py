@@ -1,13 +1,14 @@
 """What a compressed memory pack adds to a gate's file: its tensors, read and checked.
 
-The full keys are mapped, not read: a step needs some dozen of them. They are looked through once,
-a piece at a time, because their lengths are needed and their numbers must be finite.
+The full keys are mapped, not read: a step needs some dozen of them. Their lengths are stored beside
+them, computed when they were written; that these are finite is what says that the keys are. Where a
+pack was written before lengths were stored, all keys are looked through, a piece at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,11 +30,13 @@ KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
 # What is stored of the values: one of these instead of router logits and residuals.
 ValuesOf = Literal["learned", "residuals"]
 VALUES_OF: tuple[ValuesOf, ...] = get_args(ValuesOf)
+KEY_LENGTHS = "key_lengths"
 _AT_ONCE = 1 << 22  # elements
 _SAMPLE = 64  # entries
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I8": np.int8}
 _SKEW = 0.05  # of products of unit rows that should be orthogonal; rounding to int8 leaves 0.01
 _OFF = 0.5  # relative error of a projected key; 4 bits leave 0.15
+_LONGER = 1e-3  # relative error of a stored length
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ScanStatement:
         neighbors: K, at which recall was measured.
         similarity: The similarity it was measured for.
         recall: Share of the K nearest of held-back keys that are among the R candidates.
+        lengths: Whether the file holds the lengths of its keys.
     """
 
     width: int
@@ -55,6 +59,7 @@ class ScanStatement:
     neighbors: int
     similarity: Similarity
     recall: float
+    lengths: bool = False
 
     def serves(self, similarity: Similarity, neighbors: int) -> bool:
         """Whether what was measured covers this use."""
@@ -64,9 +69,10 @@ class ScanStatement:
 def scan_specs(
     statement: ScanStatement, entries: int, size: int
 ) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shapes and dtypes of the tensors of a projection."""
+    """Shapes and dtypes of the tensors of a projection, and of what is stored for its sake."""
     width = statement.width
-    return {
+    lengths = {KEY_LENGTHS: ((entries,), ("F32",))} if statement.lengths else {}
+    return lengths | {
         "scan_projection": ((width, size), ("I8",)),
         "scan_projection_scales": ((width,), ("F32",)),
         "scan_codes": ((entries, width * statement.bits // 8), ("U8",)),
@@ -136,8 +142,18 @@ def key_lengths(
     Raises:
         MemoryPackError: If keys are not finite.
     """
+    return centred_lengths(_pieces(path, "keys"), center, steps, path)
+
+
+def centred_lengths(
+    pieces: Iterable[NDArray[Any]],
+    center: NDArray[np.float32],
+    steps: NDArray[np.float32] | None,
+    where: Path,
+) -> NDArray[np.float32]:
+    """Lengths [N] of centred keys that come in pieces [n, D]; otherwise as `key_lengths`."""
     parts = []
-    for piece in _pieces(path, "keys"):
+    for piece in pieces:
         rows = piece.astype(np.float32)
         if steps is None:
             rows -= center
@@ -145,8 +161,34 @@ def key_lengths(
         parts.append(np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)))
     lengths = np.concatenate(parts)
     if not np.isfinite(lengths).all():
-        raise MemoryPackError(path, "tensor keys has NaN or infinite numbers", fix=COMPRESS_AGAIN)
+        raise MemoryPackError(where, "tensor keys has NaN or infinite numbers", fix=COMPRESS_AGAIN)
     return (lengths if steps is None else lengths * steps).astype(np.float32)
+
+
+def check_lengths(
+    path: Path, lengths: NDArray[np.float32], centred: NDArray[np.float32] | None
+) -> None:
+    """Raise `MemoryPackError` unless stored lengths [N] are those of the keys, as far as sampled.
+
+    Args:
+        path: The gate's file.
+        lengths: Finite.
+        centred: [N', D] fp32: the keys of `sampled(N)`, minus the centre; None where the pack has
+            none.
+    """
+    if lengths.min() < 0:
+        raise MemoryPackError(
+            f"{path}: {KEY_LENGTHS}", "has negative numbers", expected="lengths of keys",
+            found=float(lengths.min()), fix=COMPRESS_AGAIN,
+        )  # fmt: skip
+    if centred is None:
+        return
+    right = np.linalg.norm(centred, axis=1)
+    off = np.abs(lengths[sampled(len(lengths))] - right)
+    if not (off <= _LONGER * right + 1e-30).all():  # nothing is near the length of a key with NaN
+        raise MemoryPackError(
+            f"{path}: {KEY_LENGTHS}", "not the lengths of the keys", fix=COMPRESS_AGAIN
+        )
 
 
 def _pieces(path: Path, name: str) -> Iterator[NDArray[Any]]:

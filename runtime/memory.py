@@ -30,14 +30,15 @@ from .calibration import (
 )
 from .compressed import CompressedMemory, Memory
 from .compressed_files import (
-    COMPRESS_AGAIN,
     KEY_KINDS,
+    KEY_LENGTHS,
     SCAN_TENSORS,
     VALUES_OF,
     KeyKind,
     ScanStatement,
     ValuesOf,
     ValuesStatement,
+    check_lengths,
     check_scan,
     key_lengths,
     map_tensor,
@@ -280,7 +281,7 @@ class MemoryPack:
     def _read_keys(self, gate: PackGate) -> tuple[Array, NDArray[np.float32], dict[str, Any]]:
         """Keys [N, D] that are not projected, centre [D], and the tensors of the values."""
         path = self.path / gate.stored.file
-        tensors = read_tensors(path, self._specs(gate), leave=SCAN_TENSORS)
+        tensors = read_tensors(path, self._specs(gate), leave=(*SCAN_TENSORS, KEY_LENGTHS))
         steps = tensors.pop("key_steps", None)
         if steps is not None:
             tensors["keys"] = tensors["keys"] * steps[:, None] + tensors["center"]
@@ -294,7 +295,7 @@ class MemoryPack:
             "center": ((size,), floats),
         }
         if gate.keys == "projected":
-            specs["key_lengths"] = ((entries,), ("F32",))
+            specs[KEY_LENGTHS] = ((entries,), ("F32",))
         else:
             specs["keys"] = ((entries, size), ("I8",) if gate.keys == "int8" else floats)
         if gate.keys == "int8":
@@ -465,12 +466,13 @@ class MemoryPack:
         keys: Array | None = None
         multipliers: Array
         if gate.keys == "projected":
-            lengths, multipliers = tensors.pop("key_lengths"), scan.scales
-            _check_lengths(path, lengths)
+            lengths, multipliers = tensors.pop(KEY_LENGTHS), scan.scales
         else:
             steps = tensors.pop("key_steps", None)
             keys = map_tensor(path, "keys")
-            lengths = key_lengths(path, center, steps)
+            lengths = tensors.pop(KEY_LENGTHS, None)
+            if lengths is None:
+                lengths = key_lengths(path, center, steps)
             multipliers = np.ones_like(lengths) if steps is None else steps
         norms = lengths**2
         if self.similarity == "cosine":
@@ -493,6 +495,8 @@ class MemoryPack:
             evidence_weights=self._evidence_weights(gate),
         )
         drawn = None if keys is None else memory.centred(sampled(gate.entries))
+        if gate.scan.lengths or gate.keys == "projected":
+            check_lengths(path, lengths, drawn)
         check_scan(path, scan, drawn)
         return memory
 
@@ -541,14 +545,6 @@ def prepare_keys(
     squares = np.einsum("nd,nd->n", prepared, prepared, dtype=np.float64)
     scales = np.stack([np.ones(len(prepared)), squares], axis=1).astype(np.float32)
     return np.ascontiguousarray(prepared, dtype=np.float32), scales
-
-
-def _check_lengths(path: Path, lengths: NDArray[np.float32]) -> None:
-    if lengths.min() < 0:
-        raise MemoryPackError(
-            f"{path}: key_lengths", "has negative numbers", expected="lengths of keys",
-            found=float(lengths.min()), fix=COMPRESS_AGAIN,
-        )  # fmt: skip
 
 
 def write_pack(
@@ -759,7 +755,9 @@ def _parse_values(entry: Fields, model: ModelIdentity) -> ValuesStatement:
 
 
 def _parse_scan(entry: Fields, model: ModelIdentity) -> ScanStatement:
-    entry.only("width", "bits", "candidates", "neighbors", "similarity", "recall")
+    entry.only(
+        "width", "bits", "candidates", "neighbors", "similarity", "recall", optional=("lengths",)
+    )
     neighbors = entry.integer("neighbors", 1, MAX_NEIGHBORS)
     recall = entry.number("recall")
     if not 0 <= recall <= 1:
@@ -782,6 +780,7 @@ def _parse_scan(entry: Fields, model: ModelIdentity) -> ScanStatement:
         neighbors=neighbors,
         similarity=cast(Similarity, entry.text("similarity", choices=SIMILARITIES)),
         recall=recall,
+        lengths=entry.has("lengths") and entry.boolean("lengths"),
     )
 
 

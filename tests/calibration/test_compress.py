@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
+import knnmoe.runtime.memory as memory_module
 from conftest import make_identity
 from knnmoe.calibration.cli import memory as memory_commands
 from knnmoe.calibration.compress import CompressSettings, compress_pack
@@ -428,7 +429,15 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "scan_codes: not the projection of the keys",
     ),
     "NaN scales": (lambda t: t["scan_scales"].__setitem__(5, np.nan), "scan_scales has NaN"),
-    "NaN keys": (lambda t: t["keys"].__setitem__((7, 3), np.nan), "keys has NaN"),
+    "NaN lengths": (lambda t: t["key_lengths"].__setitem__(5, np.nan), "key_lengths has NaN"),
+    "lengths of other keys": (
+        lambda t: t.update(key_lengths=t["key_lengths"][::-1].copy()),
+        "key_lengths: not the lengths of the keys",
+    ),
+    "NaN among the keys looked at": (
+        lambda t: t["keys"].__setitem__((0, 3), np.nan),
+        "key_lengths: not the lengths of the keys",
+    ),
     "narrower": (lambda t: t.update(scan_codes=t["scan_codes"][:, :8].copy()), "scan_codes has"),
     "missing": (lambda t: t.pop("scan_scales"), "holds other tensors"),
 }
@@ -446,6 +455,43 @@ def test_a_damaged_projection_is_refused_and_the_old_memory_keeps_serving(
     with pytest.raises(MemoryPackError, match=says):
         model.swap_memory(copy)
     np.testing.assert_array_equal(model.logits([1, 2, 3]), before)
+
+
+def older(pack: Path) -> None:
+    """Make a pack one that was written before lengths were stored."""
+    manifest = json.loads((pack / "memory.json").read_text())
+    for gate in manifest["gates"]:
+        del gate["scan"]["lengths"]
+        path = pack / gate["file"]
+        tensors = load_file(path)
+        del tensors["key_lengths"]
+        save_file(tensors, path)
+        stated = describe_file(path)
+        gate |= {"sha256": stated.sha256, "size": stated.size}
+    (pack / "memory.json").write_text(json.dumps(manifest))
+
+
+def test_a_pack_without_lengths_is_what_one_with_them_is_and_its_keys_are_looked_through(
+    compressed: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(compressed, tmp_path / "copy"))
+    older(copy)
+    new, old = memory_from(compressed), memory_from(copy)
+    np.testing.assert_array_equal(old.lengths, new.lengths)
+    np.testing.assert_array_equal(old.multipliers, new.multipliers)
+    damage(copy, lambda tensors: tensors["keys"].__setitem__((7, 3), np.nan))
+    with pytest.raises(MemoryPackError, match="keys has NaN"):
+        memory_from(copy)
+
+
+def test_stored_lengths_spare_reading_the_keys(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise AssertionError("all keys were read")
+
+    monkeypatch.setattr(memory_module, "key_lengths", fail)
+    memory_from(compressed)
 
 
 def test_bytes_changed_after_writing_are_found_by_the_hash(
