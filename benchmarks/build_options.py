@@ -27,6 +27,7 @@ from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.evaluation import Scores, score_sequences
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.texts import TokenSequence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "demo" / "model"
@@ -60,7 +61,7 @@ def main(
     model = Model.load(demo / "bundle", threads=1)
     text, kept = sequences(model, demo / "texts" / domain / "test.jsonl"), 0
     for count, sequence in enumerate(text):
-        kept += len(sequence) - 1
+        kept += sequence.targets
         if kept >= test_tokens:
             text = text[: count + 1]
             break
@@ -88,7 +89,7 @@ def main(
                       *(shown(one) for one in found.values()))  # fmt: skip
         Console(width=200).print(table)
         content = {"environment": environment(), "domain": domain, "rows": rows,
-                   "test_tokens": sum(len(one) - 1 for one in text)}  # fmt: skip
+                   "test_tokens": sum(one.targets for one in text)}  # fmt: skip
         target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -96,7 +97,7 @@ def change(
     model: Model,
     pack: MemoryPack,
     frozen: Scores,
-    text: list[list[int]],
+    text: tuple[TokenSequence, ...],
     variant: Any,
     numbers: dict[str, Any],
 ) -> dict[str, float]:

@@ -32,13 +32,13 @@ from knnmoe.calibration.calibrate import calibrate
 from knnmoe.calibration.confidence import Interval, interval_of
 from knnmoe.calibration.controls import background_of, shuffled, without_retrieval
 from knnmoe.calibration.settings import UseSettings
-from knnmoe.calibration.switching import Passage, ids_of, joined, whole
-from knnmoe.calibration.texts import TokenText, read_text
+from knnmoe.calibration.switching import joined
 from knnmoe.runtime.calibration import Calibration, preset
 from knnmoe.runtime.errors import VerificationError
-from knnmoe.runtime.evaluation import score_sequences
+from knnmoe.runtime.evaluation import read_for, score_sequences
 from knnmoe.runtime.memory import MemoryPack, write_pack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.texts import TokenSequence, TokenText
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "build" / "demo"
@@ -54,15 +54,19 @@ class Texts:
     """Test text in front of a model, and what the frozen router makes of it."""
 
     model: Model
-    passages: Mapping[str, Sequence[Passage]]
+    passages: Mapping[str, Sequence[TokenSequence]]
     frozen: Mapping[str, NDArray[np.float64]]
 
     @staticmethod
     def of(model: Model, read: Mapping[str, TokenText], switch_tokens: int) -> Texts:
-        passages = {name: whole(text) for name, text in read.items()}
+        passages = {name: text.sequences for name, text in read.items()}
         passages["switch"] = joined(read["domain"], read["general"], switch_tokens)
         model.disable_memory()
-        return Texts(model, passages, {name: nll(model, some) for name, some in passages.items()})
+        return Texts(
+            model,
+            passages,
+            {name: score_sequences(model, some).nll for name, some in passages.items()},
+        )
 
     def change(self, pack: MemoryPack, *names: str) -> dict[str, Interval]:
         """Nats a token with a pack; of a switch, of the general text after it."""
@@ -70,15 +74,10 @@ class Texts:
         found = {}
         for name in names:
             some = self.passages[name]
-            tokens = np.array([len(p.tokens) - p.first for p in some])
-            change = (nll(self.model, some) - self.frozen[name]) / tokens
+            tokens = np.array([p.targets for p in some])
+            change = (score_sequences(self.model, some).nll - self.frozen[name]) / tokens
             found[name] = interval_of(change, tokens, np.array([p.document for p in some]))
         return found
-
-
-def nll(model: Model, passages: Sequence[Passage]) -> NDArray[np.float64]:
-    firsts = [passage.first for passage in passages]
-    return score_sequences(model, ids_of(passages), first=firsts).nll
 
 
 @click.command()
@@ -108,10 +107,7 @@ def one_domain(
     if not pack.calibrated:
         raise click.ClickException(f"{pack.path} is not calibrated: run the demo")
     read = {
-        name: read_text(
-            [demo / "texts" / folder / "test.jsonl"], model.tokenizer,
-            vocab_size=model.bundle.manifest.architecture.vocab_size, max_tokens=tokens,
-        )
+        name: read_for(model, [demo / "texts" / folder / "test.jsonl"], max_tokens=tokens)
         for name, folder in (("domain", domain), ("general", "general"))
     }  # fmt: skip
     texts = Texts.of(model, read, tokens // 2)

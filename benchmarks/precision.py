@@ -37,10 +37,10 @@ from versions import environment
 
 from knnmoe.export.exporter import ExportReport, export
 from knnmoe.export.storage import QuantizeOptions
-from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
+from knnmoe.runtime.evaluation import Evaluation, Scores, read_for, score_sequences
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.statistics import paired_bootstrap
-from knnmoe.runtime.texts import read_documents
+from knnmoe.runtime.texts import TokenSequence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "demo" / "model"
@@ -49,7 +49,7 @@ TEXTS = ("general", "scripture", "finnish")
 CONTEXT = 256
 PROMPT, STEPS = 32, 24  # of a round of decoding
 
-Sequences = list[list[int]]
+Sequences = tuple[TokenSequence, ...]
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,7 @@ def bundle_of(model: Path, folder: Path, way: Way) -> ExportReport:
 
 
 def sequences(model: Model, path: Path, tokens: int) -> Sequences:
-    documents = read_documents(path)
-    limit = model.pipeline.max_positions
-    return cut_sequences(
-        model.tokenizer, documents, context=CONTEXT, max_positions=limit, max_tokens=tokens
-    )
+    return read_for(model, [path], context=CONTEXT, max_tokens=tokens).sequences
 
 
 def quality(
@@ -191,9 +187,9 @@ def quality(
 
 def reading(model: Model, texts: Sequences) -> Reading:
     nll, correct, experts = np.zeros(len(texts)), np.zeros(len(texts), np.int64), []
-    for index, ids in enumerate(texts):
-        tokens = np.asarray(ids, np.int64)
-        cache = model.pipeline.new_cache(capacity=len(ids))
+    for index, sequence in enumerate(texts):
+        tokens = sequence.tokens
+        cache = model.pipeline.new_cache(capacity=len(tokens))
         logits, records = model.pipeline.traced_step(cache, tokens[None])
         rows = logits[:-1].astype(np.float64)
         rows -= rows.max(axis=1, keepdims=True)
@@ -201,7 +197,7 @@ def reading(model: Model, texts: Sequences) -> Reading:
         nll[index] = (np.log(np.exp(rows).sum(axis=1)) - chosen).sum()
         correct[index] = (rows.argmax(axis=1) == tokens[1:]).sum()
         experts.append(np.stack([np.sort(record.expert_ids, axis=1) for record in records]))
-    counts = np.array([len(ids) - 1 for ids in texts], np.int64)
+    counts = np.array([sequence.targets for sequence in texts], np.int64)
     return Reading(Scores(nll, correct, counts), experts)
 
 

@@ -24,10 +24,10 @@ from rich.table import Table
 from versions import environment
 
 from knnmoe.runtime.calibration import Variant, preset
-from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
+from knnmoe.runtime.evaluation import Evaluation, Scores, read_for, score_sequences
 from knnmoe.runtime.memory import MemoryPack, write_pack
 from knnmoe.runtime.model import Model
-from knnmoe.runtime.texts import read_documents
+from knnmoe.runtime.texts import TokenSequence
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "build" / "demo"
@@ -87,14 +87,8 @@ def main(demo: Path, target: Path, domains: str) -> None:
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def sequences(model: Model, path: Path) -> list[list[int]]:
-    return cut_sequences(
-        model.tokenizer,
-        read_documents(path),
-        context=256,
-        max_positions=model.pipeline.max_positions,
-        max_tokens=TEST_TOKENS,
-    )
+def sequences(model: Model, path: Path) -> tuple[TokenSequence, ...]:
+    return read_for(model, [path], context=256, max_tokens=TEST_TOKENS).sequences
 
 
 def used(pack: MemoryPack, row: Row) -> MemoryPack:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from knnmoe.runtime.evaluation import score_sequences
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.texts import TokenSequence
 
 from .confidence import Candidate, Measured
 from .controls import Background
 from .evidence import Evidence, measure_evidence
-from .switching import Passage, ids_of
 
 # (tokens done, in all)
 Progress = Callable[[int, int], None]
@@ -37,7 +37,7 @@ class Bench:
         self,
         model: Model,
         pack: MemoryPack,
-        passages: Mapping[str, Sequence[Passage]],
+        passages: Mapping[str, Sequence[TokenSequence]],
         background: Background,
         progress: Progress | None,
         *,
@@ -94,7 +94,7 @@ class Bench:
         some = self._passages[name]
         if name == "switch":
             return np.ones(len(some), np.int64)
-        return np.array([len(passage.tokens) - passage.first for passage in some])
+        return np.array([passage.targets for passage in some])
 
     def finish(self) -> None:
         """Say that all is done, also what was not needed after all."""
@@ -111,9 +111,7 @@ class Bench:
     def _nll(self, name: str) -> NDArray[np.float64]:
         """Negative log-likelihood of each passage: a token, or of a switch in all."""
         some = self._passages[name]
-        firsts = [passage.first for passage in some]
-        scores = score_sequences(self._model, ids_of(some), self._advance, first=firsts)
-        return scores.nll / self.tokens(name)
+        return score_sequences(self._model, some, self._advance).nll / self.tokens(name)
 
     def _advance(self, tokens: int) -> None:
         self._done += tokens

@@ -19,11 +19,11 @@ import knnmoe
 from knnmoe.runtime.atomic import check_free_space, check_replaceable
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.checkpoint import Checkpoint
+from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import BundleError, CheckpointError
 from knnmoe.runtime.memory import ENTRIES, MemoryPack, ModelIdentity, StoredTensors, write_pack
 from knnmoe.runtime.tokenizer import Tokenizer
 
-from .chat import Conversations
 from .corpus import Corpus
 from .deduplicate import Merging, find_merging, write_merged
 from .learners import Learners, Recipe, Result, Task, open_learners, resolved

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from knnmoe.runtime.errors import InputError, SettingError, VerificationError
+from knnmoe.runtime.evaluation import read_for
 from knnmoe.runtime.memory import MemoryPack, rewrite_settings
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.texts import TokenText
 
 from .bench import Bench, Progress
 from .confidence import (
@@ -42,8 +44,7 @@ from .controls import (
 )
 from .latency import Latency, measure_latency
 from .overlap import seen_sequences
-from .switching import joined, whole
-from .texts import TokenText, read_text
+from .switching import joined
 
 DEFAULT_MAX_TOKENS = 6000
 SWITCH_SHARE = 0.25  # tokens of text that changes its subject, of those of either text
@@ -186,7 +187,7 @@ def calibrate(
     texts = _read_texts(model, {"domain": domain, "general": general}, max_length, max_tokens)
     _check_held_out(opened, texts)
 
-    passages = {name: whole(text) for name, text in texts.items()}
+    passages = {name: text.sequences for name, text in texts.items()}
     room = None if max_tokens is None else math.ceil(SWITCH_SHARE * max_tokens)
     switches = joined(texts["domain"], texts["general"], room, least=LEAST_PASSAGES)
     if len(switches) >= MIN_SEQUENCES:
@@ -277,15 +278,11 @@ def _read_texts(
     max_length: int,
     max_tokens: int | None,
 ) -> dict[str, TokenText]:
-    shape = model.bundle.manifest.architecture
+    if max_length < 2:
+        raise SettingError("max length", "out of range", expected=">= 2", found=max_length)
+    context = min(max_length, model.pipeline.max_positions)
     texts = {
-        name: read_text(
-            paths,
-            model.tokenizer,
-            vocab_size=shape.vocab_size,
-            max_length=min(max_length, shape.max_positions),
-            max_tokens=max_tokens,
-        )
+        name: read_for(model, paths, context=context, max_tokens=max_tokens)
         for name, paths in files.items()
     }
     for name, text in texts.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -13,10 +12,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knnmoe.runtime.documents import Document, Render, TextHash, encode_document, read_documents
 from knnmoe.runtime.errors import InputError, SettingError
 from knnmoe.runtime.tokenizer import Tokenizer
 
-from .references import Document, Reference, Render, Span, read_documents
+from .references import Reference
 
 
 @dataclass(frozen=True)
@@ -219,31 +219,20 @@ class _Writer:
     max_length: int
     tokens: IO[bytes]
     credits: IO[bytes]
-    digest: Any = field(default_factory=hashlib.sha256)
+    hashed: TextHash = field(default_factory=TextHash)
     index: dict[str, array[int]] = field(default_factory=_columns)
     documents: int = 0
     written: int = 0
 
     def add(self, document: Document, file: int) -> None:
         """Append one document."""
-        first, digest, credited, partly = self.written, hashlib.sha256(), True, False
-        spans: list[Span] = []
-        for span in document.spans:
-            if span.credited != credited:
-                digest.update(b"\xff")  # in no text's UTF-8
-                credited, partly = span.credited, True
-            digest.update(span.text.encode("utf-8"))
-            if document.rendered:
-                spans.append(span)
-            elif span.text:
-                ids = self.tokenizer.encode_part(span.text, first=self.written == first)
-                self._append(document, ids, np.full(len(ids), span.credited))
-        if document.rendered:
-            self._append(document, *_encode_rendered(self.tokenizer, spans))
-        elif partly:  # a completion ends; a text may have been cut anywhere
-            end = list(self.tokenizer.eos_token_ids[:1])
-            self._append(document, end, np.ones(len(end), np.bool_))
-        self.digest.update(digest.digest())
+        first = self.written
+        for ids, credited in encode_document(
+            document, self.tokenizer, vocab_size=self.vocab_size, hashed=self.hashed
+        ):
+            self.tokens.write(ids.tobytes())
+            self.credits.write(credited.astype(np.uint8).tobytes())
+            self.written += len(ids)
         self._cut(first, file)
 
     def corpus(self, files: tuple[Reference, ...]) -> Corpus:
@@ -263,7 +252,7 @@ class _Writer:
             )
             targets = np.fromiter(counts, np.int64, len(index))
             index = replace(index, targets=targets).at(np.flatnonzero(targets))
-        return Corpus(tokens, credited, index, files, self.digest.hexdigest())
+        return Corpus(tokens, credited, index, files, self.hashed.hexdigest())
 
     def _cut(self, first: int, file: int) -> None:
         for start in range(first, self.written - 1, self.max_length):
@@ -272,28 +261,3 @@ class _Writer:
             for column, number in zip(self.index.values(), row, strict=True):
                 column.append(number)
         self.documents += 1
-
-    def _append(self, document: Document, ids: Sequence[int], credited: NDArray[np.bool_]) -> None:
-        tokens = np.array(ids, np.int32)
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise InputError(
-                document.where,
-                "gives token ids that the model does not have",
-                expected=f"ids below {self.vocab_size}",
-                found=int(tokens.max()),
-                fix="Use the tokenizer that belongs to the model.",
-            )
-        self.tokens.write(tokens.tobytes())
-        self.credits.write(credited.astype(np.uint8).tobytes())
-        self.written += len(tokens)
-
-
-def _encode_rendered(
-    tokenizer: Tokenizer, spans: Sequence[Span]
-) -> tuple[list[int], NDArray[np.bool_]]:
-    """Spans as one text for the tokenizer; a token belongs to the span that it begins in."""
-    ids, offsets = tokenizer.encode_with_offsets("".join(span.text for span in spans))
-    ends = np.cumsum([len(span.text) for span in spans])
-    begins = np.array([begin for begin, _ in offsets], np.int64)
-    inside = np.minimum(np.searchsorted(ends, begins, side="right"), len(spans) - 1)
-    return ids, np.array([span.credited for span in spans], np.bool_)[inside]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import InputError, MemoryPackError
 from knnmoe.runtime.memory import EntryOrigins, MemoryPack
 from knnmoe.runtime.pack_files import MANIFEST, REBUILD
 from knnmoe.runtime.tokenizer import Tokenizer
 
-from .chat import Conversations
 from .corpus import Corpus
 from .references import Reference
 

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
-from .texts import TokenText
+from knnmoe.runtime.texts import TokenSequence, TokenText
 
 LEAST_TOKENS = 4  # of either half
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A sequence of which the tokens from `first` on are scored; `document` is theirs.
-
-    `tokens` are ids [n]; `first` is from 1 to n - 1.
-    """
-
-    tokens: NDArray[np.int64]
-    first: int
-    document: int
-
-    @property
-    def read(self) -> int:
-        """Tokens that are read, but for the last."""
-        return len(self.tokens) - 1
-
-
-def whole(text: TokenText) -> tuple[Passage, ...]:
-    """A text's sequences, scored from their second token on."""
-    return tuple(Passage(s.tokens, 1, s.document) for s in text.sequences)
-
-
 def joined(
     domain: TokenText, general: TokenText, max_tokens: int | None, *, least: int = 0
-) -> tuple[Passage, ...]:
+) -> tuple[TokenSequence, ...]:
     """The first half of a domain sequence, then that of a general one, whose half is scored.
 
     Args:
@@ -50,18 +24,19 @@ def joined(
         [s for s in text.sequences if len(s.tokens) // 2 >= LEAST_TOKENS]
         for text in (domain, general)
     )
-    passages: list[Passage] = []
+    passages: list[TokenSequence] = []
     total = 0
     for left, right in zip(before, after, strict=False):
-        halves = [s.tokens[: len(s.tokens) // 2] for s in (left, right)]
-        passage = Passage(np.concatenate(halves), len(halves[0]), right.document)
+        start, half = len(left.tokens) // 2, len(right.tokens) // 2
+        tokens = np.concatenate([left.tokens[:start], right.tokens[:half]])
+        # Of plain text its first token is scored too.
+        credited = np.zeros(start + half - 1, np.bool_)
+        credited[start - 1 :] = [bool(right.credited.all()), *right.credited[: half - 1]]
+        if not credited.any():
+            continue
+        passage = TokenSequence(tokens, credited, right.document)
         total += passage.read
         if max_tokens is not None and total > max_tokens and len(passages) >= least:
             break
         passages.append(passage)
     return tuple(passages)
-
-
-def ids_of(passages: Sequence[Passage]) -> list[list[int]]:
-    """Token ids of each."""
-    return [passage.tokens.tolist() for passage in passages]

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError, SettingError
+from .conversations import Conversations
+from .errors import SettingError
 from .statistics import Unit, drawn_units, paired_bootstrap
+from .texts import DEFAULT_CONTEXT, TokenSequence, TokenText, read_text
 
-DEFAULT_CONTEXT = 256
+if TYPE_CHECKING:
+    from .model import Model
+
 ROWS_AT_ONCE = 64  # rows of logits turned into probabilities together; bounds the scratch memory
 
 Progress = Callable[[int], None]
-
-
-class Encoder(Protocol):
-    """What evaluation asks of a tokenizer."""
-
-    def encode(self, text: str | bytes, *, where: object = ...) -> list[int]:
-        """Token ids of a text."""
 
 
 class Scorer(Protocol):
@@ -40,7 +38,7 @@ class Scores:
     Attributes:
         nll: [n] float64, summed negative log-likelihood in nats.
         correct: [n] int64, tokens that were the most likely one.
-        tokens: [n] int64, tokens predicted: all but the first.
+        tokens: [n] int64, tokens predicted.
     """
 
     nll: NDArray[np.float64]
@@ -117,92 +115,67 @@ def _figures(scores: Scores, name: str) -> dict[str, float]:
     }
 
 
-def cut_sequences(tokenizer: Encoder, documents: Iterable[str], **settings: Any) -> list[list[int]]:
-    """The sequences of `cut_documents` alone."""
-    return cut_documents(tokenizer, documents, **settings)[0]
-
-
-def cut_documents(
-    tokenizer: Encoder,
-    documents: Iterable[str],
+def read_for(
+    model: Model,
+    paths: Sequence[str | Path],
     *,
-    context: int,
-    max_positions: int,
+    context: int | None = None,
     max_tokens: int | None = None,
-    where: object = "text",
-) -> tuple[list[list[int]], list[int]]:
-    """Documents as sequences of at most `context` tokens, and the number of each one's document.
-
-    None spans two documents.
+) -> TokenText:
+    """Text files as sequences for a model, conversations written by its chat template.
 
     Args:
-        context: Tokens a sequence, 2 to `max_positions`.
+        model: Whose tokenizer and positions to go by.
+        paths: `.txt` or `.jsonl` files.
+        context: Tokens a sequence, 2 to the positions of the model; None takes 256, or all.
         max_tokens: Predicted tokens at most: whole sequences drawn from all over the text, always
             the same ones; None for all.
-        where: What the documents are, for error messages.
 
     Raises:
         SettingError: If a setting is out of its range.
-        InputError: If no sequence has the two tokens that a prediction takes.
+        InputError: If a file cannot be used, or has nothing to predict.
     """
-    if not 2 <= context <= max_positions:
+    positions = model.pipeline.max_positions
+    if context is None:
+        context = min(DEFAULT_CONTEXT, positions)
+    if not 2 <= context <= positions:
         raise SettingError(
             "context",
             "out of range",
-            expected=f"2 to {max_positions} tokens, the positions of this model",
+            expected=f"2 to {positions} tokens, the positions of this model",
             found=context,
         )
-    sequences: list[list[int]] = []
-    origins: list[int] = []
-    for number, document in enumerate(documents, start=1):
-        ids = tokenizer.encode(document, where=f"{where}, document {number}")
-        pieces = [ids[start : start + context] for start in range(0, len(ids), context)]
-        pieces = [piece for piece in pieces if len(piece) > 1]
-        sequences += pieces
-        origins += [number] * len(pieces)
-    if not sequences:
-        raise InputError(where, "too short to score", expected="at least two tokens")
-    return (sequences, origins) if max_tokens is None else _draw(sequences, origins, max_tokens)
-
-
-def _draw(
-    sequences: list[list[int]], origins: list[int], max_tokens: int
-) -> tuple[list[list[int]], list[int]]:
-    if max_tokens < 1:
-        raise SettingError("max tokens", "out of range", expected=">= 1", found=max_tokens)
-    order = np.random.default_rng(0).permutation(len(sequences))
-    reached = np.cumsum([len(sequences[index]) - 1 for index in order])
-    kept = np.sort(order[: int((reached <= max_tokens).sum())])
-    if len(kept):
-        return [sequences[index] for index in kept], [origins[index] for index in kept]
-    # Something always remains: a first sequence that is too long is cut.
-    return [sequences[order[0]][: max_tokens + 1]], [origins[order[0]]]
+    return read_text(
+        paths,
+        model.tokenizer,
+        vocab_size=model.pipeline.vocab_size,
+        max_length=context,
+        max_tokens=max_tokens,
+        render=Conversations(model.chat_template).documents,
+    )
 
 
 def score_sequences(
-    model: Scorer,
-    sequences: Sequence[Sequence[int]],
-    progress: Progress | None = None,
-    *,
-    first: int | Sequence[int] = 1,
+    model: Scorer, sequences: Sequence[TokenSequence], progress: Progress | None = None
 ) -> Scores:
-    """Score every sequence by itself.
+    """Score what is credited of every sequence, each by itself.
 
     Args:
         model: What scores.
-        sequences: Token ids.
+        sequences: What it reads.
         progress: Called with the tokens just read.
-        first: Token of each sequence, or of all, that is the first to be predicted, ≥ 1.
     """
-    firsts = [first] * len(sequences) if isinstance(first, int) else list(first)
     nll = np.zeros(len(sequences))
     correct = np.zeros(len(sequences), np.int64)
-    for index, (ids, start) in enumerate(zip(sequences, firsts, strict=True)):
-        rows = model.logits(ids)[start - 1 : -1]
-        nll[index], correct[index] = _score(rows, np.asarray(ids[start:], np.int64))
+    for index, sequence in enumerate(sequences):
+        rows = model.logits(sequence.tokens.tolist())[:-1]
+        targets = sequence.tokens[1:]
+        if not sequence.credited.all():
+            rows, targets = rows[sequence.credited], targets[sequence.credited]
+        nll[index], correct[index] = _score(rows, targets)
         if progress is not None:
-            progress(len(ids) - 1)
-    tokens = [len(ids) - start for ids, start in zip(sequences, firsts, strict=True)]
+            progress(sequence.read)
+    tokens = [sequence.targets for sequence in sequences]
     return Scores(nll, correct, np.array(tokens, np.int64))
 
 

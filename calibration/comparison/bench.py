@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.checkpoint import Checkpoint
-from knnmoe.runtime.errors import CheckpointError, InputError, SettingError
-from knnmoe.runtime.evaluation import DEFAULT_CONTEXT, score_sequences
+from knnmoe.runtime.conversations import Conversations
+from knnmoe.runtime.errors import CheckpointError, InputError
+from knnmoe.runtime.evaluation import read_for, score_sequences
 from knnmoe.runtime.memory import EntryOrigins, MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.texts import DEFAULT_CONTEXT, TokenSequence, TokenText
 
-from ..chat import Conversations
 from ..corpus import Corpus
 from ..overlap import seen_sequences
 from ..references import Reference
-from ..texts import TokenSequence, TokenText, read_text
 
 DEFAULT_MAX_TOKENS = 10_000
 VALIDATION_TOKENS = 4_000
@@ -60,7 +60,7 @@ class Bench:
 
     def score(self, text: TokenText) -> NDArray[np.float64]:
         """Summed NLL of each sequence, [n], by the model as it is now."""
-        return score_sequences(self.model, token_lists(text)).nll
+        return score_sequences(self.model, text.sequences).nll
 
 
 @dataclass(frozen=True)
@@ -109,34 +109,19 @@ def open_bench(
     model = Model.load(inputs.bundle, threads=threads)
     pack.check_belongs_to(model.identity)
     _check_checkpoint(inputs.checkpoint, model)
-    shape = model.bundle.manifest.architecture
     if context is None:
-        context = min(DEFAULT_CONTEXT, shape.max_positions)
-    if not 2 <= context <= shape.max_positions:
-        raise SettingError(
-            "context",
-            "out of range",
-            expected=f"2 to {shape.max_positions} tokens, the positions of this model",
-            found=context,
-        )
+        context = min(DEFAULT_CONTEXT, model.pipeline.max_positions)
 
-    def read(files: Sequence[Path], limit: int | None, length: int) -> TokenText:
-        return read_text(
-            files, model.tokenizer, vocab_size=shape.vocab_size, max_length=length, max_tokens=limit
-        )
+    def read(files: Sequence[Path], limit: int | None) -> TokenText:
+        return read_for(model, files, context=context, max_tokens=limit)
 
+    validation = read(inputs.validation, VALIDATION_TOKENS)
     reference = _read_reference(inputs, model, _stated_reference(pack), context, scratch)
-    validation = read(inputs.validation, VALIDATION_TOKENS, context)
-    tests = {DOMAIN: read(inputs.text, max_tokens, context)}
+    tests = {DOMAIN: read(inputs.text, max_tokens)}
     if inputs.general:
-        tests[GENERAL] = read(inputs.general, max_tokens, context)
+        tests[GENERAL] = read(inputs.general, max_tokens)
     _check_apart(reference, validation, tests)
     return Bench(inputs.checkpoint, model, pack, reference, validation, tests, scratch, say)
-
-
-def token_lists(text: TokenText) -> list[list[int]]:
-    """The sequences of a text as the runtime takes them."""
-    return [sequence.tokens.tolist() for sequence in text.sequences]
 
 
 def _check_checkpoint(path: Path, model: Model) -> None:
@@ -165,7 +150,7 @@ def _stated_reference(pack: MemoryPack) -> dict[str, Any]:
 def _read_reference(
     inputs: Inputs, model: Model, stated: Mapping[str, Any], context: int, scratch: Path
 ) -> TokenText:
-    """The reference text as the memory was built from it, whole documents credited."""
+    """The reference text as the memory was built from it."""
     corpus = Corpus.read(
         [Reference.parse(file) for file in inputs.reference],
         model.tokenizer,
@@ -186,11 +171,12 @@ def _read_reference(
         )
     sequences = tuple(
         TokenSequence(
-            corpus.piece(number).tokens.astype(np.int64),
+            piece.tokens.astype(np.int64),
+            piece.credited,
             int(corpus.index.documents[number]),
             int(corpus.index.positions[number]),
         )
-        for number in range(len(corpus.index))
+        for number, piece in enumerate(map(corpus.piece, range(len(corpus.index))))
     )
     return TokenText(sequences, corpus.names, corpus.documents, corpus.sha256)
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 import knnmoe
 from knnmoe.runtime.errors import KnnMoeError
+from knnmoe.runtime.texts import TokenText
 
-from ..texts import TokenText
 from .bench import DEFAULT_MAX_TOKENS, Bench, Inputs, open_bench
 from .explain import Explanation, explain
 from .measured import Base, Change, Measured, change, clusters

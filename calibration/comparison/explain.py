@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.texts import TokenText
 
-from ..texts import TokenText
 from .bench import Bench
 from .measured import Change, change
 
@@ -160,7 +160,8 @@ class _Trace:
             ids = sequence.tokens[None]
             cache = bench.model.pipeline.new_cache(capacity=ids.size)
             logits, gates = bench.model.pipeline.traced_step(cache, ids)
-            nll.append(_token_nll(logits[:-1], sequence.tokens[1:]))
+            credited = sequence.credited
+            nll.append(_token_nll(logits[:-1][credited], sequence.tokens[1:][credited]))
             records.append(gates)
         top_k = bench.model.bundle.manifest.routing.top_k
         by_gate = list(zip(*records, strict=True))
@@ -206,7 +207,7 @@ def _extremes(
     def shown(index: int) -> TokenChange:
         number = int(np.searchsorted(starts, index, side="right")) - 1
         sequence = text.sequences[number]
-        at = index - int(starts[number]) + 1
+        at = int(np.flatnonzero(sequence.credited)[index - int(starts[number])]) + 1
         ids = sequence.tokens.tolist()
         decode = bench.model.tokenizer.decode
         return TokenChange(

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from knnmoe.runtime.errors import VerificationError
+from knnmoe.runtime.texts import TokenText
 
 from ..teacher import Teacher
-from ..texts import TokenText
 from .bench import Bench
 from .measured import Measured
 from .torch_model import batches, mean_nll, sequence_nll, token_nll

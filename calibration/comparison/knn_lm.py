@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnmoe.runtime.texts import TokenText
+
 from ..teacher import Teacher
-from ..texts import TokenText
 from .bench import Bench
 from .measured import Measured
 from .torch_model import Batch, batches, token_nll

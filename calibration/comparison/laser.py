@@ -19,8 +19,8 @@ from knnmoe.runtime.gates.base import GateBuffers, GateTrace, pad_experts
 from knnmoe.runtime.layouts import HostLayout, SplitWiring
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.selection_bias import read_selection_biases
+from knnmoe.runtime.texts import TokenText
 
-from ..texts import TokenText
 from .bench import Bench
 from .measured import Measured
 

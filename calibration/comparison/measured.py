@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.statistics import paired_bootstrap
-
-from ..texts import TokenText
+from knnmoe.runtime.texts import TokenText
 
 Base = Literal["runtime", "torch"]
 

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from knnmoe.runtime.texts import TokenText
+
 from ..optimize import learn
 from ..teacher import Teacher
-from ..texts import TokenText
 from .bench import Bench
 from .measured import Measured
 
@@ -29,7 +30,10 @@ def oracle(bench: Bench) -> Measured:
     for name, text in bench.tests.items():
         bench.say(f"oracle: {name} text")
         nll[name] = np.array(
-            [learn(teacher, [s.tokens], rates, steps=STEPS).nll_after for s in text.sequences]
+            [
+                learn(teacher, [s.tokens], rates, steps=STEPS, credited=[s.credited]).nll_after
+                for s in text.sequences
+            ]
         )
     return Measured(nll, "torch", None, chosen={"steps": STEPS, "learning_rate": RATE})
 
@@ -40,7 +44,8 @@ def _rates(teacher: Teacher, text: TokenText) -> dict[int, float]:
     still = dict.fromkeys(range(teacher.num_gates), 1.0)
     for sequence in text.sequences:
         # One step at rate one leaves the negative gradient.
-        for gate, rows in learn(teacher, [sequence.tokens], still, steps=1).gates.items():
+        one = learn(teacher, [sequence.tokens], still, steps=1, credited=[sequence.credited])
+        for gate, rows in one.gates.items():
             logits[gate] += float(np.square(rows.router_logits, dtype=np.float64).sum())
             gradients[gate] += float(np.square(rows.residuals, dtype=np.float64).sum())
     return {

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnmoe.runtime.texts import TokenText
+
 from ..teacher import Teacher
-from ..texts import TokenText
 from .bench import Bench
 from .measured import Measured
 from .torch_model import Batch, batches, sequence_nll, token_nll
@@ -97,23 +98,25 @@ def _score(teacher: Teacher, batch: Batch, settings: Settings) -> NDArray[np.flo
         if start:
             for _ in range(STEPS):
                 # Position start - 1 predicts a token of the interval to come: it is left out.
-                loss = _nll(teacher, batch, start, deltas)[:, : start - 1].sum()
+                read = batch.following[:, :start]
+                loss = _nll(teacher, batch, read, deltas)[:, : start - 1].sum()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
                 optimizer.step()
         first = max(start - 1, 0)
         with torch.no_grad():
-            nll += _nll(teacher, batch, end, deltas)[:, first : end - 1].double().sum(dim=1)
+            predicted = _nll(teacher, batch, batch.labels[:, :end], deltas)
+            nll += predicted[:, first : end - 1].double().sum(dim=1)
     return nll.numpy()
 
 
-def _nll(teacher: Teacher, batch: Batch, end: int, deltas: dict[int, Tensor]) -> Tensor:
-    """NLL [B, end] of the first `end` positions; the last one's target is not among them."""
-    rows = batch.token_ids.shape[0]
+def _nll(teacher: Teacher, batch: Batch, labels: Tensor, deltas: dict[int, Tensor]) -> Tensor:
+    """NLL of the first positions, as many as there are labels [B, end]; 0 where there is none."""
+    rows, end = labels.shape
 
     def correct(gate: int, x: Tensor, logits: Tensor) -> Tensor:
         if gate not in deltas:
             return logits
         return (logits.view(rows, end, -1) + deltas[gate]).view_as(logits)
 
-    return token_nll(teacher.logits(batch.token_ids[:, :end], correct), batch.labels[:, :end])
+    return token_nll(teacher.logits(batch.token_ids[:, :end], correct), labels)

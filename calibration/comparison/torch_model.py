@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows it by
 
+from knnmoe.runtime.texts import TokenSequence, TokenText
+
 from ..teacher import Correction, Teacher
-from ..texts import TokenText
 
 BATCH_TOKENS = 1024
 _NO_TARGET = -100
@@ -25,12 +26,14 @@ class Batch:
     Attributes:
         numbers: Which sequences, [B].
         token_ids: [B, S].
-        labels: [B, S], what each position predicts; -100 where nothing.
+        labels: [B, S], what each position predicts; -100 where nothing that is credited.
+        following: [B, S], the same for all that is read.
     """
 
     numbers: NDArray[np.int64]
     token_ids: Tensor
     labels: Tensor
+    following: Tensor
 
     @property
     def targets(self) -> int:
@@ -54,19 +57,22 @@ def batches(
         groups[-1].append(number)
     order = np.arange(len(groups)) if shuffle is None else shuffle.permutation(len(groups))
     for index in order:
-        yield pad(np.array(groups[index]), [text.sequences[n].tokens for n in groups[index]])
+        yield pad(np.array(groups[index]), [text.sequences[n] for n in groups[index]])
 
 
-def pad(numbers: NDArray[np.int64], sequences: Sequence[NDArray[np.int64]]) -> Batch:
+def pad(numbers: NDArray[np.int64], sequences: Sequence[TokenSequence]) -> Batch:
     """Token sequences as one batch."""
-    shape = (len(sequences), max(len(sequence) for sequence in sequences))
+    shape = (len(sequences), max(len(sequence.tokens) for sequence in sequences))
     token_ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, _NO_TARGET)
+    following = labels.clone()
     for row, sequence in enumerate(sequences):
-        ids = torch.from_numpy(np.ascontiguousarray(sequence))
+        ids = torch.from_numpy(np.ascontiguousarray(sequence.tokens))
         token_ids[row, : len(ids)] = ids
-        labels[row, : len(ids) - 1] = ids[1:]
-    return Batch(numbers, token_ids, labels)
+        following[row, : len(ids) - 1] = ids[1:]
+        credited = torch.from_numpy(sequence.credited)
+        labels[row, : len(ids) - 1] = ids[1:].where(credited, torch.tensor(_NO_TARGET))
+    return Batch(numbers, token_ids, labels, following)
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:

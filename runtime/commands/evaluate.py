@@ -20,7 +20,8 @@ Example:
     "eval", short_help="How likely is a text, with the memory and without?", epilog=EXAMPLE
 )
 @click.option("--text", "texts", type=PATH, multiple=True, required=True, metavar="FILE",
-              help=".txt (one document) or .jsonl ({\"text\": …} a line); repeatable.")  # fmt: skip
+              help=".txt (one document) or .jsonl (one a line: text, prompt and completion, or "
+                   "messages); repeatable.")  # fmt: skip
 @click.option("--context", type=int, help="Tokens a sequence.  [default: 256, or all positions]")
 @click.option("--max-tokens", type=int, help="Tokens to predict at most, from all over the text.")
 @model_options
@@ -35,27 +36,22 @@ def evaluate(
 ) -> None:
     """Score text with the memory and without it.
 
+    Of a prompt with its completion, and of a conversation, only the completion or what the
+    assistant says is predicted.
+
     Negative log-likelihood (nats a token), perplexity and next-token accuracy; the difference that
     the memory makes with its 95 % interval (paired bootstrap over documents, or sequences where
     documents are fewer than eight).
     """
     with outcome(as_json) as result:
         model = load_model(bundle, **settings)
-        from ..evaluation import DEFAULT_CONTEXT, Evaluation, cut_documents, score_sequences
-        from ..texts import read_documents
+        from ..evaluation import Evaluation, read_for, score_sequences
 
-        positions = model.pipeline.max_positions
-        sequences, documents = cut_documents(
-            model.tokenizer,
-            [document for path in texts for document in read_documents(path)],
-            context=min(DEFAULT_CONTEXT, positions) if context is None else context,
-            max_positions=positions,
-            max_tokens=max_tokens,
-            where=", ".join(str(path) for path in texts),
-        )
-        tokens = sum(len(sequence) - 1 for sequence in sequences)
+        text = read_for(model, texts, context=context, max_tokens=max_tokens)
+        sequences = text.sequences
+        documents = [sequence.document for sequence in sequences]
         with_memory = None
-        with progress_bar("Scoring", tokens * (2 if model.memory else 1)) as advance:
+        with progress_bar("Scoring", text.read * (2 if model.memory else 1)) as advance:
             if model.memory is not None:
                 with_memory = score_sequences(model, sequences, advance)
                 model.disable_memory()

@@ -15,7 +15,7 @@ from knnmoe.calibration.confidence import Way
 from knnmoe.calibration.settings import BuildSettings
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
-from knnmoe.runtime.evaluation import score_sequences
+from knnmoe.runtime.evaluation import read_for, score_sequences
 from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
 from knnmoe.runtime.model import Model
 from tiny import make_tiny_olmoe
@@ -128,10 +128,7 @@ def test_a_memory_that_pays_is_calibrated_and_pays_on_other_text(
     assert pack.provenance["reference"] == learned.provenance["reference"]
 
     model = Model.load(tiny_bundle, memory=path, threads=1)
-    sequences = [
-        model.tokenizer.encode(json.loads(line)["text"])
-        for line in texts["test"].read_text().splitlines()
-    ]
+    sequences = read_for(model, [texts["test"]]).sequences
     with_memory = score_sequences(model, sequences).mean_nll
     model.disable_memory()
     assert with_memory < score_sequences(model, sequences).mean_nll - 0.05
@@ -147,10 +144,7 @@ def test_the_report_is_what_the_numbers_are(
         tiny_bundle, path, texts, progress=lambda done, total: reports.append((done, total))
     )
     model = Model.load(tiny_bundle, memory=path, threads=1)
-    sequences = [
-        model.tokenizer.encode(json.loads(line)["text"])
-        for line in texts["domain"].read_text().splitlines()
-    ]
+    sequences = read_for(model, [texts["domain"]]).sequences
     with_memory = score_sequences(model, sequences).mean_nll
     model.disable_memory()
     frozen = score_sequences(model, sequences).mean_nll

@@ -209,7 +209,7 @@ def test_help_needs_nothing_heavy() -> None:
     assert output.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["calibrate", "summary", "tables", "texts"])
+@pytest.mark.parametrize("module", ["calibrate", "references", "summary", "tables"])
 def test_only_building_needs_torch(module: str) -> None:
     code = (
         f"import sys; sys.modules['torch'] = sys.modules['transformers'] = None;"

@@ -27,7 +27,6 @@ from knnmoe.calibration.comparison.rows import NAMES, ROWS, Row, choose_rows
 from knnmoe.calibration.comparison.torch_model import sequence_nll
 from knnmoe.calibration.settings import BuildSettings
 from knnmoe.calibration.teacher import Teacher
-from knnmoe.calibration.texts import TokenSequence, TokenText
 from knnmoe.runtime.errors import (
     CheckpointError,
     InputError,
@@ -37,6 +36,7 @@ from knnmoe.runtime.errors import (
 )
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.texts import TokenSequence, TokenText
 from tiny import make_tiny_olmoe
 
 WORDS = {
@@ -300,7 +300,9 @@ def test_rows_are_chosen_by_name_or_by_leaving_out() -> None:
 
 
 def text_of(documents: list[int], targets: int = 9) -> TokenText:
-    sequences = tuple(TokenSequence(np.arange(targets + 1), number, 0) for number in documents)
+    sequences = tuple(
+        TokenSequence.of(np.arange(targets + 1), document=number) for number in documents
+    )
     return TokenText(sequences, ("a.txt",), len(set(documents)), "0" * 64)
 
 
@@ -373,7 +375,7 @@ def test_re_routing_with_a_rate_of_zero_is_the_frozen_router(bench: Bench) -> No
 @pytest.mark.usefixtures("short_intervals")
 def test_re_routing_learns_nothing_before_its_first_interval_is_over(bench: Bench) -> None:
     teacher = Teacher.load(bench.checkpoint)
-    cut = [replace(s, tokens=s.tokens[:20]) for s in bench.validation.limited(300).sequences]
+    cut = [TokenSequence.of(s.tokens[:20]) for s in bench.validation.limited(300).sequences]
     text = replace(bench.validation, sequences=tuple(cut))
     adapted = adapted_nll(teacher, text, Settings(0.05, (0, 1, 2)))
     assert np.allclose(adapted, sequence_nll(teacher, text), atol=1e-3)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 
 from knnmoe.calibration.overlap import WINDOW, seen_sequences
-from knnmoe.calibration.texts import cut
 from knnmoe.runtime.memory import EntryOrigins
+from knnmoe.runtime.texts import cut
 
 RNG = np.random.default_rng(0)
 DOCUMENTS = [RNG.integers(0, 300, size) for size in (200, 90, 40)]
@@ -12,7 +12,11 @@ DOCUMENTS = [RNG.integers(0, 300, size) for size in (200, 90, 40)]
 
 def built_from(*documents: np.ndarray, length: int = 64) -> EntryOrigins:
     """As a build leaves them: the last token of each piece has no entry."""
-    pieces = [p for number, tokens in enumerate(documents) for p in cut(tokens, number, length)]
+    pieces = [
+        piece
+        for number, tokens in enumerate(documents)
+        for piece in cut(tokens, np.ones(len(tokens), np.bool_), number, length)
+    ]
     return EntryOrigins(
         np.concatenate([p.tokens[:-1] for p in pieces]).astype(np.int32),
         np.concatenate([np.full(p.targets, p.document) for p in pieces]).astype(np.int32),

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knnmoe.calibration import references as references_module
-from knnmoe.calibration.chat import Conversations
 from knnmoe.calibration.corpus import Corpus
 from knnmoe.calibration.references import Reference
+from knnmoe.runtime import documents as documents_module
 from knnmoe.runtime.chat import ChatTemplate
+from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import CheckpointError, InputError, KnnMoeError, SettingError
 from knnmoe.runtime.tokenizer import Tokenizer
 
@@ -190,7 +190,7 @@ CHAT = conversation("hi", "yes?")
 @pytest.mark.parametrize(
     ("record", "template", "kind", "message"),
     [
-        (CHAT, None, CheckpointError, "no chat template.*chat_template.jinja"),
+        (CHAT, None, InputError, "line 2: .*no chat template.*chat_template.jinja"),
         (CHAT, "{{ raise_exception('roles!') }}", InputError, r"line 2: .*refuses.*roles!"),
         (CHAT, "{{ messages[5].content }}", InputError, "line 2: .*refuses"),
         (CHAT, "{% if", InputError, "line 2: .*refuses"),
@@ -239,7 +239,7 @@ def test_malformed_json_is_named_by_its_line(tokenizer: Tokenizer, tmp_path: Pat
 def test_another_encoding_is_named_by_line_and_byte(
     tokenizer: Tokenizer, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references_module, "PIECE_BYTES", 16)  # so that it is not in the first
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", 16)  # so that it is not in the first
     text = '{"text": "first"}\n{"text": "second"}\n{"text": "caf\xe9"}\n'.encode("latin-1")
     (tmp_path / f"latin{suffix}").write_bytes(text)
     at = text.index(b"\xe9")
@@ -273,7 +273,7 @@ def test_a_long_file_is_one_document_however_it_is_read(
     )
     (tmp_path / "a.txt").write_text(text)
     whole = read(tokenizer, tmp_path / "a.txt")
-    monkeypatch.setattr(references_module, "PIECE_BYTES", 61)
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", 61)
     pieces = read(tokenizer, tmp_path / "a.txt")
     assert tokenizer.decode(whole.tokens.tolist()) == text[1:]
     assert pieces.sha256 == whole.sha256
@@ -302,7 +302,7 @@ def test_the_hash_knows_what_is_credited_and_not_how_it_is_packed(
 def test_a_long_file_never_lies_in_memory_as_a_whole(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(references_module, "PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr(documents_module, "PIECE_BYTES", 1 << 14)
     (tmp_path / "a.txt").write_text("a line like every other one\n" * 40_000)
     tracemalloc.start()
     corpus = read(tokenizer, tmp_path / "a.txt", max_length=256)

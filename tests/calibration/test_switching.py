@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from knnmoe.calibration.switching import joined, whole
-from knnmoe.calibration.texts import TokenSequence, TokenText
+from knnmoe.calibration.switching import joined
+from knnmoe.runtime.texts import TokenSequence, TokenText
 
 
 def text(*lengths: int, start: int = 0) -> TokenText:
     sequences = tuple(
-        TokenSequence(np.arange(start, start + n), number, 0) for number, n in enumerate(lengths)
+        TokenSequence.of(np.arange(start, start + n), document=number)
+        for number, n in enumerate(lengths)
     )
     return TokenText(sequences, ("text",), len(lengths), "0" * 64)
 
@@ -19,7 +20,8 @@ def test_a_domain_half_is_followed_by_a_general_half() -> None:
     domain, general = text(10, 3, 20), text(30, 12, 12, start=100)
     first, second = joined(domain, general, None)
     assert first.tokens.tolist() == [*range(5), *range(100, 115)]
-    assert (first.first, first.document, first.read) == (5, 0, 19)
+    assert first.credited.tolist() == [False] * 4 + [True] * 15
+    assert (first.document, first.read) == (0, 19)
     assert second.tokens.tolist() == [*range(10), *range(100, 106)]  # three tokens are too few
     assert second.document == 1
 
@@ -32,5 +34,12 @@ def test_whole_passages_are_kept_within_the_room() -> None:
     assert len(joined(domain, general, 5, least=2)) == 2
 
 
-def test_other_text_is_scored_from_its_second_token_on() -> None:
-    assert [(p.first, p.document) for p in whole(text(4, 5))] == [(1, 0), (1, 1)]
+def test_of_a_conversation_only_what_is_credited_is_scored() -> None:
+    def told(*credited: bool) -> TokenText:
+        sequence = TokenSequence(np.arange(len(credited) + 1), np.array(credited))
+        return TokenText((sequence,), ("text",), 1, "0" * 64)
+
+    general = told(False, True, True, False, True, True, True)  # four of its eight tokens are read
+    (passage,) = joined(text(8), general, None)
+    assert passage.credited.tolist() == [False] * 4 + [False, True, True]
+    assert joined(text(8), told(*[False] * 6, True), None) == ()

@@ -5,6 +5,7 @@ Needs the texts that `make texts` extracts.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import numpy as np
 import pytest
 
 from knnmoe.runtime import Model
-from knnmoe.runtime.evaluation import Evaluation, cut_sequences, score_sequences
-from knnmoe.runtime.texts import read_documents
+from knnmoe.runtime.evaluation import Evaluation, read_for, score_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "examples" / "demo" / "model"
@@ -43,7 +43,7 @@ def torch_model() -> Any:
 def documents(name: str, split: str) -> list[str]:
     path = TEXTS / name / f"{split}.jsonl"
     assert path.is_file(), f"{path} is missing: run `make texts` first"
-    return list(read_documents(path))
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_logits_on_real_text_are_those_of_transformers(bundle: Path, torch_model: Any) -> None:
@@ -97,10 +97,9 @@ def test_a_calibrated_memory_gains_in_its_domain_and_spares_general_text(
     model = Model.load(bundle)
     change = {}
     for name in ("scripture", "general"):
-        sequences = cut_sequences(
-            model.tokenizer, documents(name, "test"), context=256, max_positions=512,
-            max_tokens=15_000,
-        )  # fmt: skip
+        sequences = read_for(
+            model, [TEXTS / name / "test.jsonl"], context=256, max_tokens=15_000
+        ).sequences
         model.disable_memory()
         frozen = score_sequences(model, sequences)
         model.swap_memory(tmp_path / "pack")

@@ -4,22 +4,19 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from knnmoe.runtime.chat import ChatTemplate
+from knnmoe.runtime.documents import read_documents
 from knnmoe.runtime.errors import InputError, SettingError
-from knnmoe.runtime.evaluation import Evaluation, Scores, cut_sequences, score_sequences
-from knnmoe.runtime.texts import read_documents
-
-
-class Letters:
-    """One token a character."""
-
-    def encode(self, text: str | bytes, *, where: object = "") -> list[int]:
-        return [ord(character) - ord("a") for character in str(text)]
+from knnmoe.runtime.evaluation import Evaluation, Scores, read_for, score_sequences
+from knnmoe.runtime.texts import TokenSequence
+from knnmoe.runtime.tokenizer import Tokenizer
 
 
 class Table:
@@ -32,39 +29,54 @@ class Table:
         return self.table[np.asarray(token_ids)]
 
 
-def cut(documents: list[str], context: int = 4, **more: Any) -> list[str]:
-    sequences = cut_sequences(Letters(), documents, context=context, max_positions=8, **more)
-    return ["".join(chr(token + ord("a")) for token in sequence) for sequence in sequences]
+def model_with(tokenizer: Tokenizer, template: str | None = None, positions: int = 32) -> Any:
+    """As much of a model as reading text for it takes."""
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(Path("bundle"), template, {}),
+        pipeline=SimpleNamespace(max_positions=positions, vocab_size=272),
+    )
 
 
-def test_sequences_are_cut_within_documents_and_single_tokens_dropped() -> None:
-    assert cut(["abcdefghi", "xy", "z"]) == ["abcd", "efgh", "xy"]
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_checkpoint)
 
 
-def test_a_limit_draws_whole_sequences_in_order_and_always_the_same() -> None:
-    documents = [chr(ord("a") + n) * 4 for n in range(20)]
-    drawn = cut(documents, max_tokens=16)
-    assert len(drawn) == 5  # 3 predicted tokens each
-    assert drawn == sorted(drawn) == cut(documents, max_tokens=16)
-    assert drawn != documents[:5]
-    assert cut(documents, max_tokens=1000) == documents
+def test_text_is_cut_to_what_the_model_can_hold(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 70)
+    text = read_for(model_with(tokenizer), [tmp_path / "a.txt"])
+    assert [len(sequence.tokens) for sequence in text.sequences] == [32, 32, 6]
 
 
-def test_a_limit_below_one_sequence_cuts_it() -> None:
-    assert [len(text) for text in cut(["abcd", "efgh"], max_tokens=2)] == [3]
+@pytest.mark.parametrize("context", [1, 33])
+def test_a_context_out_of_range_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, context: int
+) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(SettingError, match="context: out of range; expected 2 to 32 tokens"):
+        read_for(model_with(tokenizer), [tmp_path / "a.txt"], context=context)
 
 
-@pytest.mark.parametrize("context", [1, 9])
-def test_a_context_out_of_range_is_refused(context: int) -> None:
-    with pytest.raises(SettingError, match="context: out of range; expected 2 to 8 tokens"):
-        cut(["abc"], context)
+def test_of_a_conversation_the_replies_are_predicted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    text = read_for(model_with(tokenizer, template), [tmp_path / "a.jsonl"])
+    (sequence,) = text.sequences
+    assert tokenizer.decode(sequence.tokens.tolist()) == "u:hi|a:yes|"
+    assert tokenizer.decode(sequence.tokens[1:][sequence.credited].tolist()) == "yes|"
 
 
-def test_limits_and_texts_too_small_are_refused() -> None:
-    with pytest.raises(SettingError, match="max tokens"):
-        cut(["abc"], max_tokens=0)
-    with pytest.raises(InputError, match="too short to score"):
-        cut(["a", "b"])
+def test_only_what_is_credited_is_scored() -> None:
+    odds = np.array([[2, 1, 1], [1, 1, 6], [1, 1, 1]], np.float32)
+    some = TokenSequence(np.array([0, 1, 2, 0]), np.array([False, True, True]))
+    scores = score_sequences(Table(np.log(odds)), [some])
+    assert scores.nll == pytest.approx([-np.log(3 / 4 * 1 / 3)], abs=1e-5)
+    assert (scores.tokens.tolist(), scores.correct.tolist()) == ([2], [2])
 
 
 def test_scores_are_those_of_a_hand_computation() -> None:
@@ -72,7 +84,9 @@ def test_scores_are_those_of_a_hand_computation() -> None:
     odds = np.array([[2, 1, 1], [1, 1, 6], [1, 1, 1]], np.float32)
     model = Table(np.log(odds) + 100)
     scored: list[int] = []
-    scores = score_sequences(model, [[0, 1, 2, 0], [0, 0]], scored.append)
+    scores = score_sequences(
+        model, [TokenSequence.of([0, 1, 2, 0]), TokenSequence.of([0, 0])], scored.append
+    )
     np.testing.assert_allclose(
         scores.nll, [-np.log(1 / 4 * 3 / 4 * 1 / 3), -np.log(1 / 2)], atol=1e-5
     )
@@ -86,7 +100,7 @@ def test_long_sequences_are_scored_in_blocks_without_a_seam() -> None:
     random = np.random.default_rng(0)
     table = random.normal(0, 2, (9, 9)).astype(np.float32)
     ids = random.integers(9, size=200).tolist()
-    (nll,) = score_sequences(Table(table), [ids]).nll
+    (nll,) = score_sequences(Table(table), [TokenSequence.of(ids)]).nll
     wide = table.astype(np.float64)
     normalized = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     assert nll == pytest.approx(-sum(normalized[a, b] for a, b in pairwise(ids)), abs=1e-4)
@@ -139,17 +153,21 @@ def test_without_a_memory_only_the_frozen_figures_are_given() -> None:
     json.dumps(figures, allow_nan=False)
 
 
+def texts_of(path: Path) -> list[str]:
+    return ["".join(span.text for span in document.spans) for document in read_documents(path)]
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "notes.TXT"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\xc3\xa9\n")
-    assert read_documents(path) == ["one\r\n\xe9\n"]
+    assert texts_of(path) == ["one\r\n\xe9\n"]
 
 
 def test_a_json_lines_file_is_one_document_a_line(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     lines = ['{"text": "one\u2028two", "id": 1}', "", '{"text": " "}', '{"text": "three"}']
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    assert read_documents(path) == ["one\u2028two", "three"]
+    assert texts_of(path) == ["one\u2028two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -173,9 +191,9 @@ def test_an_unusable_file_is_refused_by_name_and_line(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=problem):
-        read_documents(tmp_path / name)
+        texts_of(tmp_path / name)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.txt: cannot be read; found No such file"):
-        read_documents(tmp_path / "none.txt")
+        texts_of(tmp_path / "none.txt")

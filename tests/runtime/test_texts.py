@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knnmoe.calibration.texts import TokenText, cut, read_text
 from knnmoe.runtime.errors import InputError, SettingError
+from knnmoe.runtime.texts import TokenSequence, TokenText, cut, read_text
 from knnmoe.runtime.tokenizer import Tokenizer
 
 
@@ -19,15 +19,43 @@ def read(tokenizer: Tokenizer, *paths: Path, **options: int) -> TokenText:
     return read_text(paths, tokenizer, **({"vocab_size": 272} | options))
 
 
+def pieces_of(tokens: int, document: int = 0) -> list[TokenSequence]:
+    return cut(np.arange(tokens), np.ones(tokens, np.bool_), document, max_length=4)
+
+
 def test_a_document_is_cut_into_pieces_that_know_where_they_begin() -> None:
-    pieces = cut(np.arange(10), document=3, max_length=4)
+    pieces = pieces_of(10, document=3)
     assert [piece.tokens.tolist() for piece in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [(piece.document, piece.position) for piece in pieces] == [(3, 0), (3, 4), (3, 8)]
     assert [piece.targets for piece in pieces] == [3, 3, 1]
 
 
 def test_a_single_token_at_the_end_is_dropped_because_nothing_follows_it() -> None:
-    assert [len(piece.tokens) for piece in cut(np.arange(9), 0, 4)] == [4, 4]
+    assert [len(piece.tokens) for piece in pieces_of(9)] == [4, 4]
+
+
+def test_a_piece_of_which_nothing_is_credited_is_dropped() -> None:
+    credited = np.array([0, 0, 0, 0, 1, 0, 1, 1, 0], np.bool_)
+    first, *more = cut(np.arange(9), credited, 0, max_length=4)
+    assert not more
+    assert (first.position, first.credited.tolist(), first.targets) == (4, [False, True, True], 2)
+
+
+def test_of_a_prompt_with_its_completion_the_completion_is_predicted(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "2+2=", "completion": "four"}\n')
+    (sequence,) = read(tokenizer, tmp_path / "a.jsonl").sequences
+    assert tokenizer.decode(sequence.tokens[1:][sequence.credited].tolist()) == "four"
+    assert sequence.credited.tolist() == [False] * 3 + [True] * 5  # and its end
+    text = read(tokenizer, tmp_path / "a.jsonl", max_tokens=2)
+    assert tokenizer.decode(text.sequences[0].tokens.tolist()) == "2+2=fo"
+
+
+def test_a_conversation_without_a_template_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(InputError, match="line 1: is a conversation"):
+        read(tokenizer, tmp_path / "a.jsonl")
 
 
 def test_files_are_read_in_order_and_documents_counted_through(

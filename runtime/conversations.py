@@ -1,4 +1,4 @@
-"""Conversations as reference text, by the chat template that belongs to the tokenizer.
+"""Conversations as documents, by the chat template that belongs to the tokenizer.
 
 Which part is the assistant's is found without the help of the template: what it writes for the
 messages before a reply, with the prompt for one, is the context; what it adds when the reply is
@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knnmoe.runtime import chat
-from knnmoe.runtime.errors import CheckpointError, InputError
-
-from .references import Document, Span, check_unicode
+from .chat import ChatTemplate
+from .documents import Document, Span, check_unicode
+from .errors import CheckpointError, InputError
 
 ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """A checkpoint's chat template; use `Conversations.load`."""
+    """A tokenizer's chat template, for records of a file."""
 
-    template: chat.ChatTemplate
+    template: ChatTemplate
 
     @staticmethod
     def load(directory: str | Path) -> Conversations:
@@ -33,7 +32,7 @@ class Conversations:
         Raises:
             CheckpointError: If a file is there and cannot be read.
         """
-        return Conversations(chat.ChatTemplate.load(directory, error=CheckpointError))
+        return Conversations(ChatTemplate.load(directory, error=CheckpointError))
 
     def documents(self, where: str, record: dict[str, Any]) -> list[Document]:
         """A record with `messages` (and perhaps `tools`) as documents whose replies are credited.
@@ -43,8 +42,9 @@ class Conversations:
         does when the model is used.
 
         Raises:
-            InputError: If messages are malformed, none is the assistant's, or the template refuses.
-            CheckpointError: If there is no template.
+            InputError: If messages are malformed, none is the assistant's, or the template is
+                missing or refuses.
+            BackendError: If jinja2 is not installed.
         """
         messages = _checked(where, record["messages"])
         documents: list[list[Span]] = []
@@ -79,12 +79,12 @@ class Conversations:
         prompt: bool,
     ) -> str:
         if self.template.source is None:
-            raise CheckpointError(
-                self.template.directory,
-                "its tokenizer has no chat template, which conversations need",
+            raise InputError(
+                where,
+                "is a conversation, and the tokenizer has no chat template",
                 expected="chat_template in tokenizer_config.json, or a file chat_template.jinja",
-                fix=f'Add the model\'s template, or give {where} as {{"text"}} or as '
-                '{"prompt", "completion"}.',
+                found=f"neither in {self.template.directory}",
+                fix='Add the model\'s template, or give {"text"} or {"prompt", "completion"}.',
             )
         try:
             return self.template.render(
