@@ -15,6 +15,8 @@ from knnmoe.runtime.cli_support import EXIT_CODES, CommandLine, outcome
 from knnmoe.runtime.errors import BackendError
 from knnmoe.runtime.jobs import work_directory
 
+from .frontends import DESCRIPTION, FRONTENDS
+
 if TYPE_CHECKING:
     from knnmoe.runtime.bundle import Bundle
 
@@ -34,6 +36,7 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
 
     for model_type, family in sorted(FAMILIES.items()):
         click.echo(f"{family.name} (model_type {model_type})")
+    click.echo("Others: --frontend torch traces the model that transformers has.")
     ctx.exit()
 
 
@@ -82,6 +85,10 @@ Examples:
                    "attention output, router, norms; not the experts): hard-link its files. For "
                    "fp32 checkpoints, or fp16 ones with a --precision other than fp32; on one "
                    "file system. --dry-run --link says what it saves.")  # fmt: skip
+@click.option("--frontend", type=click.Choice(FRONTENDS), default=DESCRIPTION, show_default=True,
+              help="torch: trace the model with torch and transformers, for families that are not "
+                   "listed by --list-families; fp32 or fp16, for the CPU. Takes the model's size "
+                   "in memory, in fp32.")  # fmt: skip
 @click.option("--no-fused", is_flag=True, help="Leave the fused layout out.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted export of this bundle.")
@@ -104,6 +111,7 @@ def main(
     no_scale_search: bool,
     experts_per_token: int | None,
     link: bool,
+    frontend: str,
     no_fused: bool,
     overwrite: bool,
     restart: bool,
@@ -146,6 +154,7 @@ def main(
                 options=options,
                 experts_per_token=experts_per_token,
                 link=link,
+                frontend=frontend,
             )
             result(fit_json(plan, context, entries), lambda: print_fit(plan, context, entries))
             return
@@ -166,6 +175,7 @@ def main(
                 experts_per_token=experts_per_token,
                 fused=not no_fused,
                 link=link,
+                frontend=frontend,
                 overwrite=overwrite,
                 restart=restart,
                 progress=progress,

@@ -8,7 +8,10 @@ from typing import Any
 
 from knnmoe.runtime.errors import CheckpointError
 
-NOT_DESCRIBED = "knnmoe has no description for this kind of checkpoint yet."
+NOT_DESCRIBED = (
+    "knnmoe has no description for this kind of checkpoint yet; --frontend torch exports what "
+    "transformers can load by tracing it, where that can be expressed."
+)
 
 
 class Config:

@@ -7,8 +7,8 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +27,25 @@ from knnmoe.runtime.bundle import (
     FusedSpec,
     GraphSpec,
     Manifest,
-    Quantization,
     SegmentSpec,
     describe_file,
     write_manifest,
 )
 from knnmoe.runtime.chat import TEMPLATE, TOKENIZER_CONFIG, TOOL_TEMPLATE, ChatTemplate
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
-from knnmoe.runtime.errors import CheckpointError, OutputError, SettingError
-from knnmoe.runtime.selection_bias import TENSOR
+from knnmoe.runtime.errors import BackendError, CheckpointError, OutputError, SettingError
 
-from .architecture import Architecture, describe, further_tensors
-from .families import family_of
-from .gate_graphs import gate_functions, gate_graph
+from .described import Described
+from .exportable import Exportable, Graphs
+from .frontends import DESCRIPTION, FRONTENDS, TORCH
+from .gate_graphs import GateShape, gate_functions, gate_graph
 from .graph import GraphBuilder, save
 from .links import Links, make_links, plan_links
-from .lowering.base import Lowering
-from .lowering.ort_quantized import QuantizedOrtLowering
-from .lowering.ort_weights import segment_weights
 from .partial import partial_export
 from .quantize import TensorError
-from .refusals import check_tied_head, refuse_packed, refuse_remote_code
-from .split import ModelPlan, fused_graph, segment_graph, segment_layers
+from .refusals import refuse_packed, refuse_remote_code
 from .storage import QuantizeOptions, Storage, storage_for
-from .weights import PlannedFile, PlannedTensor, plan_file, row_chunks
+from .weights import PlannedFile, plan_file
 
 FUSED_GATE = "cosine"  # the gate graph inside the fused layout
 GENERATION_CONFIG = "generation_config.json"
@@ -105,7 +100,7 @@ class ExportPlan:
 
     Attributes:
         source: The checkpoint.
-        architecture: What it turned out to be.
+        model: What it turned out to be.
         experts_per_token: k of the seam.
         storage: How weights are stored.
         weights: Their files, one a segment.
@@ -116,7 +111,7 @@ class ExportPlan:
     """
 
     source: Checkpoint
-    architecture: Architecture
+    model: Exportable
     experts_per_token: int
     storage: Storage
     weights: tuple[PlannedFile, ...]
@@ -148,19 +143,25 @@ def plan_export(
     options: QuantizeOptions | None = None,
     experts_per_token: int | None = None,
     link: bool = False,
+    frontend: str = DESCRIPTION,
 ) -> ExportPlan:
     """Check a checkpoint and say what its bundle would hold; arguments and errors of `export`."""
+    if frontend not in FRONTENDS:
+        raise SettingError("frontend", "unknown", expected=" or ".join(FRONTENDS), found=frontend)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    refuse_remote_code(source)
+    refuse_remote_code(source, traced=frontend == TORCH)
     refuse_packed(source)
-    architecture = describe(source, family_of(source))
-    room = _experts_per_token(architecture, experts_per_token)
-    planned = _plan_weights(architecture, source)
+    model = _traced(source, precision, link) if frontend == TORCH else Described.of(source)
+    room = _experts_per_token(model, experts_per_token)
+    planned = {
+        f"{index:02d}.safetensors": model.weights(index)
+        for index in range(model.shape.num_gates + 1)
+    }
     storage = storage_for(
         precision,
         options or QuantizeOptions(),
         [tensor for tensors in planned.values() for tensor in tensors],
-        tied_head=architecture.tied_head,
+        tied_head=model.tied_head,
     )
     stored = {name: storage.of(tensors) for name, tensors in planned.items()}
     links = Links()
@@ -168,17 +169,17 @@ def plan_export(
         links = plan_links(source, [tensor for tensors in stored.values() for tensor in tensors])
     return ExportPlan(
         source=source,
-        architecture=architecture,
+        model=model,
         experts_per_token=room,
         storage=storage,
         weights=tuple(
             plan_file(name, [tensor for tensor in tensors if tensor.name not in links.stored])
             for name, tensors in stored.items()
         ),
-        biases=tuple(_plan_selection_biases(architecture, source)),
+        biases=_plan_selection_biases(model),
         links=links,
         copies=_copied_files(source),
-        left_out=further_tensors(source, architecture),
+        left_out=model.left_out,
     )
 
 
@@ -191,6 +192,7 @@ def export(
     experts_per_token: int | None = None,
     fused: bool = True,
     link: bool = False,
+    frontend: str = DESCRIPTION,
     overwrite: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
@@ -213,6 +215,8 @@ def export(
         fused: Also write the fused layout; it shares the weights, so it costs no space.
         link: Use what the checkpoint stores as the bundle would where it is, by hard links to the
             checkpoint's files.
+        frontend: `description`, or `torch`: trace the model that transformers has, whatever family
+            it is of. The model is then in memory, in fp32; precisions are `fp32` and `fp16`.
         overwrite: Replace a bundle that is there.
         restart: Discard what an interrupted export of this bundle has finished, instead of going
             on with it.
@@ -223,6 +227,7 @@ def export(
         CheckpointError: If the checkpoint cannot be read or exported.
         SettingError: If precision or experts_per_token is out of range, an option does not fit, or
             there is nothing to link.
+        BackendError: If the frontend needs a package that is not installed.
         OutputError: If the bundle cannot be written, or what an interrupted export left is of other
             settings.
     """
@@ -231,10 +236,15 @@ def export(
     target = Path(bundle).absolute()
     _check_apart(source, target)
     planned = plan_export(
-        source, precision=precision, options=options, experts_per_token=experts_per_token, link=link
+        source,
+        precision=precision,
+        options=options,
+        experts_per_token=experts_per_token,
+        link=link,
+        frontend=frontend,
     )
-    check_tied_head(source, planned.architecture)
-    architecture, storage = planned.architecture, planned.storage
+    planned.model.check()
+    model, storage = planned.model, planned.storage
     weights, biases, room = planned.weights, planned.biases, planned.experts_per_token
     fingerprint = ""
 
@@ -254,22 +264,19 @@ def export(
         linked = make_links(source, planned.links.shards, directory / "segments") if link else []
         files: dict[str, FileSpec] = {}
         stored = {name: tensor for plan in weights for name, tensor in plan.stored.items()}
-        plan = ModelPlan(architecture, stored | dict(planned.links.stored), room)
-        if precision != "fp32":
-            plan = replace(plan, lower=partial(_lower_quantized, storage.quantization))
+        gate = GateShape(model.shape.hidden_size, model.shape.num_experts, room, model.routing)
+        graphs = model.graphs(stored | dict(planned.links.stored), gate, storage)
         segments = []
-        for index in range(architecture.shape.num_gates + 1):
-            g = segment_graph(plan, index)
+        for index in range(model.shape.num_gates + 1):
+            g = graphs.segment(index)
             spec = _write_graph(directory, f"segments/{index:02d}.onnx", g, files)
             segments.append(
-                SegmentSpec(
-                    spec.file, spec.inputs, spec.outputs, segment_layers(architecture, index)
-                )
+                SegmentSpec(spec.file, spec.inputs, spec.outputs, model.segment_layers(index))
             )
-        fused_spec = _write_fused(directory, plan, files) if fused else None
+        fused_spec = _write_fused(directory, model, graphs, files) if fused else None
         gates = {}
         for name in GATE_GRAPHS:
-            g = gate_graph(name, plan.gate_shape)
+            g = gate_graph(name, gate)
             gates[name] = _write_graph(
                 directory, f"gates/{name}.onnx", g, files, gate_functions(name)
             )
@@ -291,11 +298,11 @@ def export(
             (directory / name).write_bytes(content)
             files[name] = describe_file(directory / name)
         manifest = Manifest(
-            family=architecture.family.name,
+            family=model.name,
             model_type=source.model_type,
             fingerprint=fingerprint,
-            architecture=architecture.shape,
-            routing=architecture.routing,
+            architecture=model.shape,
+            routing=model.routing,
             experts_per_token=room,
             precision=precision,
             segments=tuple(segments),
@@ -304,7 +311,7 @@ def export(
             files=files,
             producer=_producer(),
             quantization=storage.quantization,
-            minimum_onnxruntime=_minimum_onnxruntime(architecture, storage),
+            minimum_onnxruntime=_minimum_onnxruntime(model, storage),
             linked=tuple(shard.relative_to(directory).as_posix() for shard in linked) or None,
         )
         write_manifest(directory, manifest)
@@ -313,7 +320,7 @@ def export(
             check(Bundle.open(directory, verify=False))
     return ExportReport(
         bundle=target,
-        gates=architecture.shape.num_gates,
+        gates=model.shape.num_gates,
         segments=len(segments),
         fused=fused,
         files=files,
@@ -358,8 +365,8 @@ def _check_apart(source: Checkpoint, target: Path) -> None:
         )
 
 
-def _experts_per_token(architecture: Architecture, asked: int | None) -> int:
-    top_k, experts = architecture.routing.top_k, architecture.shape.num_experts
+def _experts_per_token(model: Exportable, asked: int | None) -> int:
+    top_k, experts = model.routing.top_k, model.shape.num_experts
     if asked is None:
         return top_k
     if not top_k <= asked <= experts:
@@ -372,43 +379,47 @@ def _experts_per_token(architecture: Architecture, asked: int | None) -> int:
     return asked
 
 
-def _plan_weights(architecture: Architecture, source: Checkpoint) -> dict[str, list[PlannedTensor]]:
-    """Name of each weights file → what it would hold as fp32."""
-    return {
-        f"{index:02d}.safetensors": segment_weights(architecture, source, index)
-        for index in range(architecture.shape.num_gates + 1)
-    }
-
-
-def _plan_selection_biases(architecture: Architecture, source: Checkpoint) -> list[PlannedFile]:
+def _plan_selection_biases(model: Exportable) -> tuple[PlannedFile, ...]:
     """The file of the gates' selection biases [G, E], if the routing rule has them."""
-    template = architecture.family.tensors.selection_bias
-    if template is None:
-        return []
-    names = [template.format(layer=layer) for layer in architecture.gate_layers]
-    size = (len(names), architecture.shape.num_experts)
-    planned = PlannedTensor(
-        TENSOR, size, lambda: (rows for n in names for rows in row_chunks(source.tensor(n)))
-    )
-    return [plan_file(Path(SELECTION_BIAS).name, [planned])]
+    planned = model.selection_biases()
+    return () if planned is None else (plan_file(Path(SELECTION_BIAS).name, [planned]),)
 
 
-def _minimum_onnxruntime(architecture: Architecture, storage: Storage) -> str | None:
+def _traced(source: Checkpoint, precision: str, link: bool) -> Exportable:
+    """A checkpoint as torch traces it; what traces have no weights for is refused before."""
+    for package in ("torch", "transformers"):
+        if find_spec(package) is None:
+            raise BackendError(
+                f"frontend {TORCH}",
+                f"needs the package {package}, which is not installed",
+                fix=f"Run `pip install 'knnmoe[train]'`, or leave --frontend {TORCH} out.",
+            )
+    from .torch_frontend.frontend import Traced
+
+    if precision not in Traced.precisions:
+        raise SettingError(
+            "precision",
+            "is not to be had for a traced bundle, whose projections are not told apart",
+            expected=" or ".join(Traced.precisions),
+            found=precision,
+        )
+    if link:
+        raise SettingError(
+            "link",
+            "does not go with a trace, whose weights are those that transformers makes of the "
+            "checkpoint's",
+            fix="Leave --link out.",
+        )
+    return Traced.of(source)
+
+
+def _minimum_onnxruntime(model: Exportable, storage: Storage) -> str | None:
     """The oldest version that computes what is meant; None for every version supported."""
     if storage.quantization is not None:
         return QUANTIZED_ONNXRUNTIME
-    windows = (layer.window for layer in architecture.layers)
-    reach = architecture.shape.max_positions
-    narrow = any(window is not None and window < reach for window in windows)
+    reach = model.shape.max_positions
+    narrow = any(window is not None and window < reach for window in model.windows)
     return WINDOWED_ONNXRUNTIME if narrow else None
-
-
-def _lower_quantized(
-    quantization: Quantization | None, plan: ModelPlan, g: GraphBuilder
-) -> Lowering:
-    return QuantizedOrtLowering(
-        g, plan.architecture, plan.stored, plan.experts_per_token, quantization
-    )
 
 
 def _write_graph(
@@ -423,10 +434,12 @@ def _write_graph(
     return GraphSpec(file, tuple(g.input_specs), tuple(g.output_specs))
 
 
-def _write_fused(directory: Path, plan: ModelPlan, files: dict[str, FileSpec]) -> FusedSpec:
-    g = fused_graph(plan, FUSED_GATE)
+def _write_fused(
+    directory: Path, model: Exportable, graphs: Graphs, files: dict[str, FileSpec]
+) -> FusedSpec:
+    g = graphs.fused(FUSED_GATE)
     spec = _write_graph(directory, "segments/fused.onnx", g, files, gate_functions(FUSED_GATE))
-    layers = tuple(range(plan.architecture.shape.num_layers))
+    layers = tuple(range(model.shape.num_layers))
     return FusedSpec(spec.file, spec.inputs, spec.outputs, layers, FUSED_GATE)
 
 

@@ -28,11 +28,15 @@ _PACKED = {
 }
 
 
-def refuse_remote_code(source: Checkpoint) -> None:
+def refuse_remote_code(source: Checkpoint, *, traced: bool = False) -> None:
     """Refuse a checkpoint whose model is code of its own.
 
     Many checkpoints still name the code that they had before their model became part of
     transformers. Its class has the name that transformers gives it, and is not meant here.
+
+    Args:
+        source: The checkpoint.
+        traced: Whether its class is transformers' own, whatever family it is of.
 
     Raises:
         CheckpointError: With the class's name.
@@ -40,8 +44,13 @@ def refuse_remote_code(source: Checkpoint) -> None:
     stated = source.config.get("auto_map")
     if stated is None:
         return
-    known = "".join(part.capitalize() for part in source.model_type.split("_")) + "ForCausalLM"
-    described = source.model_type in FAMILIES
+    if traced:
+        from .torch_frontend.loading import causal_class
+
+        known, described = causal_class(source.model_type), True
+    else:
+        known = "".join(part.capitalize() for part in source.model_type.split("_")) + "ForCausalLM"
+        described = source.model_type in FAMILIES
     for name in _model_classes(stated):
         if described and name.rsplit(".", 1)[-1] == known:
             continue

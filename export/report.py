@@ -93,7 +93,7 @@ DEFAULT_CONTEXT = 4096
 
 def _needs(plan: ExportPlan, context: int | None, entries: int) -> tuple[Needs, int]:
     """What the model of a plan needs on ONNX Runtime's CPU provider, and the context taken."""
-    shape = plan.architecture.shape
+    shape = plan.model.shape
     tokens = min(context or DEFAULT_CONTEXT, shape.max_positions)
     return needs(shape, plan.weight_bytes, context=tokens, entries=entries), tokens
 
@@ -101,9 +101,9 @@ def _needs(plan: ExportPlan, context: int | None, entries: int) -> tuple[Needs, 
 def fit_json(plan: ExportPlan, context: int | None, entries: int) -> dict[str, Any]:
     """What `--dry-run --json` prints."""
     needed, tokens = _needs(plan, context, entries)
-    shape = plan.architecture.shape
+    shape = plan.model.shape
     return {
-        "family": plan.architecture.family.name,
+        "family": plan.model.name,
         "layers": shape.num_layers,
         "gates": shape.num_gates,
         "experts": shape.num_experts,
@@ -120,10 +120,10 @@ def fit_json(plan: ExportPlan, context: int | None, entries: int) -> dict[str, A
 def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
     """Print what a bundle would hold, and which devices it would fit."""
     needed, tokens = _needs(plan, context, entries)
-    shape = plan.architecture.shape
+    shape = plan.model.shape
     console = Console(highlight=False)
     console.print(
-        f"{plan.architecture.family.name}: {shape.num_layers} layers, {shape.num_gates} gates of "
+        f"{plan.model.name}: {shape.num_layers} layers, {shape.num_gates} gates of "
         f"{shape.num_experts} experts, {plan.storage.precision}; nothing was written"
     )
     if plan.left_out:

@@ -27,6 +27,7 @@ from .lowering.std_experts import EXPERTS
 from .lowering.std_ops import HOSTS, PRECISIONS, StdOptions
 from .lowering.std_weights import stored_weights
 from .split import ModelPlan, fused_graph, segment_graph
+from .torch_frontend.names import is_traced
 
 __all__ = ["StdGraph", "StdModel", "StdOptions"]
 
@@ -148,6 +149,19 @@ class StdModel:
 def _architecture(bundle: Bundle) -> Architecture:
     """The sizes and constants of the model, from the config that the bundle carries."""
     manifest, path = bundle.manifest, bundle.file(CONFIG)
+    if is_traced(manifest):
+        raise BundleError(
+            f"{bundle.path / MANIFEST}: family",
+            "was traced, and engines are built of families that are described",
+            expected=" or ".join(sorted(FAMILIES)),
+            found=manifest.family[:100],
+            fix="Run the bundle on the CPU"
+            + (
+                ", or export the checkpoint without --frontend torch."
+                if manifest.model_type in FAMILIES
+                else "."
+            ),
+        )
     if manifest.model_type not in FAMILIES:
         raise BundleError(
             f"{bundle.path / MANIFEST}: model_type",

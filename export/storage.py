@@ -31,7 +31,7 @@ _PROJECTIONS = (
 )  # fmt: skip
 # What decides which experts are taken stays fp32, as do the small vectors and those of all experts;
 # and the rotary tables.
-_KEPT = ("router", "shared_router", "gate_up_bias", "down_bias", "cos", "sin")
+_KEPT = ("router", "shared_router", "gate_up_bias", "down_bias", "cos", "sin", "constant")
 _HEAD, _EMBEDDING = "head", "embedding"
 
 # For who has the weights by other names. Fields of a family's `TensorNames` → part; then the stacks

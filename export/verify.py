@@ -35,6 +35,7 @@ from knnmoe.runtime.selection_bias import read_selection_biases
 from .families import FAMILIES
 from .mxfp4 import ENTRY
 from .storage import EXPERT_PARTS, FIELD_PARTS, Storage
+from .torch_frontend.names import is_traced
 
 TOLERANCE = 1e-4
 # On the relative RMS difference that rounding activations to 8 bits makes to any router's logits,
@@ -392,19 +393,41 @@ def _reference(
     )
     model.eval()
     _restore(model, bundle)
+    run = _recording(model, bundle)
     rule, biases = bundle.manifest.routing, read_selection_biases(bundle)
     expected = []
     for sequences in tokens:
         row = []
         for sequence in sequences:
             with torch.inference_mode():
-                output = model(torch.from_numpy(sequence)[None], output_router_logits=True)
-            gates = np.stack([gate.float().numpy() for gate in output.router_logits])
+                router_logits, logits = run(torch.from_numpy(sequence)[None])
+            gates = np.stack([gate.float().numpy() for gate in router_logits])
             ids = np.stack([rule.apply(*pair)[0] for pair in zip(gates, biases, strict=True)])
-            row.append(_Outputs(gates, ids, output.logits[0].float().numpy()))
+            row.append(_Outputs(gates, ids, logits[0].float().numpy()))
             step()
         expected.append(row)
     return expected
+
+
+def _recording(model: Any, bundle: Bundle) -> Callable[[Any], tuple[Sequence[Any], Any]]:
+    """What runs a model of transformers: ids [1, S] → (router logits of each gate, logits)."""
+    if is_traced(bundle.manifest):
+        from .torch_frontend.reference import watched_routers
+
+        watched = watched_routers(model, bundle)
+
+        def run_watched(ids: Any) -> tuple[Sequence[Any], Any]:
+            with watched:
+                logits = model(ids, use_cache=False).logits
+            return watched.found, logits
+
+        return run_watched
+
+    def run(ids: Any) -> tuple[Sequence[Any], Any]:
+        output = model(ids, output_router_logits=True)
+        return output.router_logits, output.logits
+
+    return run
 
 
 def _quantization(bundle: Bundle) -> Any:
@@ -421,6 +444,11 @@ def _restore(model: Any, bundle: Bundle) -> None:
     """Give a model of transformers the weights that those stored in the bundle stand for."""
     manifest = bundle.manifest
     if manifest.precision == "fp32":
+        return
+    if is_traced(manifest):
+        from .torch_frontend.reference import round_weights
+
+        round_weights(model, bundle)
         return
     import torch
 

@@ -20,6 +20,7 @@ from knnmoe.runtime.bundle import TensorSpec
 
 from .base import Cached, CacheSpecs, Pair, Stream, cache_pair
 from .latent import LatentParts
+from .ort_experts import activation, dense_weights, forced_experts
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, ROPE_COS, ROPE_SIN, layer_name
 
 SEQLENS_K = TensorSpec("seqlens_k", "int32", ("batch",))
@@ -222,26 +223,13 @@ class OrtLowering:
     def moe(
         self, router_input: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value, layer: int
     ) -> ir.Value:
-        """Experts in fp32 through com.microsoft.MoE, forced to the given ids and weights.
-
-        The node selects by itself, from logits. Given log(w), and -inf for the experts not chosen,
-        its softmax returns w / Σw and its selection the experts given; the sum is multiplied back.
-        """
-        g = self._g
-        dense = self._dense_weights(router_input, expert_ids, expert_weights)
-        total = g.op("ReduceSum", expert_weights, g.ints(1), keepdims=1)
-        # A token whose weights are all 0 would be all -inf, and its softmax NaN.
-        some = g.op("Greater", total, g.constant(0.0, np.float32))
-        forced = g.op("Where", some, g.op("Log", dense), g.constant(0.0, np.float32))
-        biases = self._expert_biases(layer)
-        last = [] if biases[1] is None else [biases[1]]
-        mixed = g.op(
-            "MoE", router_input, forced,
-            self.weight(layer_name(layer, "gate_up")), biases[0],
-            self.weight(layer_name(layer, "down")), *last,
-            domain=CONTRIB, k=self._k, normalize_routing_weights=1, **self._activation(),
+        """Experts in fp32, forced to the given ids and weights; see `forced_experts`."""
+        return forced_experts(
+            self._g, router_input, expert_ids, expert_weights,
+            self.weight(layer_name(layer, "gate_up")), self.weight(layer_name(layer, "down")),
+            self._expert_biases(layer), num_experts=self._a.shape.num_experts,
+            experts_per_token=self._k, swiglu=self._a.swiglu,
         )  # fmt: skip
-        return g.op("Mul", mixed, total)
 
     def _expert_biases(self, layer: int) -> tuple[ir.Value | None, ir.Value | None]:
         """Of gate and up, and of down; None where there are none."""
@@ -251,29 +239,13 @@ class OrtLowering:
         return up, down
 
     def _activation(self) -> dict[str, Any]:
-        """The experts' activation, as attributes of com.microsoft's nodes."""
-        found = self._a.swiglu
-        limit = {} if found.limit is None else {"swiglu_limit": found.limit}
-        return {
-            "activation_type": "swiglu", "swiglu_fusion": 1,
-            "activation_alpha": found.alpha, "activation_beta": found.shift, **limit,
-        }  # fmt: skip
+        return activation(self._a.swiglu)
 
     def _dense_weights(
         self, router_input: ir.Value, expert_ids: ir.Value, expert_weights: ir.Value
     ) -> ir.Value:
-        """Ids and weights [T, k] as weights of all experts [T, E], 0 for those not chosen."""
-        g = self._g
-        experts = g.constant([self._a.shape.num_experts], np.int64)
-        tokens = g.op("Shape", router_input, start=0, end=1)
-        empty = g.op(
-            "ConstantOfShape",
-            g.op("Concat", tokens, experts, axis=0),
-            value=ir.Tensor(np.zeros(1, np.float32)),
-        )
-        # Added, so that an id that is there twice (as padding of weight 0) does no harm.
-        ids = g.op("Cast", expert_ids, to=int(ir.DataType.INT64))
-        return g.op("ScatterElements", empty, ids, expert_weights, axis=1, reduction="add")
+        count = self._a.shape.num_experts
+        return dense_weights(self._g, router_input, expert_ids, expert_weights, count)
 
     def _query_key_value(self, normed: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
         """normed [B, S, D] → query [B, S, Q], key and value [B, S, KV]."""

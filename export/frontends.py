@@ -1,0 +1,3 @@
+"""Ways to find out what a checkpoint is: by the description of its family, or by tracing it."""
+
+DESCRIPTION, TORCH = FRONTENDS = ("description", "torch")
