@@ -31,7 +31,7 @@ from .names import CONSTANT, PREFIX, ROUTER
 from .placeholders import ATTENTION, EXPERTS, forget
 from .probing import attention_windows
 from .rules import Routing, find_routing
-from .tracing import Trace, trace
+from .tracing import Trace, origin, trace
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _weight_names(traced: Trace, sites: tuple[Site, ...]) -> dict[Node, str]:
         for node, name in traced.names.items()
     }
     for site in sites:
-        for node in site.logits.all_input_nodes:
+        for node in map(origin, site.logits.all_input_nodes):
             if node in names:
                 names[node] += ROUTER
     return names
