@@ -22,6 +22,7 @@ from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import BundleError, CheckpointError
 from knnmoe.runtime.memory import ENTRIES, MemoryPack, ModelIdentity, StoredTensors, write_pack
+from knnmoe.runtime.shortage import memory_for
 from knnmoe.runtime.tokenizer import Tokenizer
 
 from .corpus import Corpus
@@ -38,6 +39,7 @@ OBJECTIVES = {
     "next": "negative log-likelihood of the next token, all gates jointly, plain SGD",
 }
 _PAIRS = 4096
+_LESS = "Close what else uses the memory, or pass a smaller --batch-tokens."
 _PILOT_TOKENS = 4096
 
 # (predicted tokens done, in all)
@@ -123,6 +125,7 @@ def build_memory(
         CheckpointError: If the checkpoint cannot be used.
         SettingError: If a setting is out of its range, or learning diverges.
         BackendError: If a device, a package or a worker is missing.
+        DeviceError: If there is not enough memory.
     """
     settings, use, target = settings or BuildSettings(), use or UseSettings(), Path(pack)
     workers = workers or Workers()
@@ -133,7 +136,7 @@ def build_memory(
     opened = Checkpoint.open(checkpoint)
     reference, backdrop = _read_texts(opened, references, background, settings, target)
     recipe = Recipe(Path(checkpoint).absolute(), settings, workers.threads)
-    with open_learners(recipe, workers) as learners:
+    with memory_for("building the memory", fix=_LESS), open_learners(recipe, workers) as learners:
         shape = learners.shape
         gates = parse_gates(settings.gates, shape.num_gates)
         identity = ModelIdentity(

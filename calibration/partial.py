@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knnmoe.runtime.atomic import output_error
 from knnmoe.runtime.errors import OutputError
 from knnmoe.runtime.jobs import discard_work, open_work, work_directory
 
@@ -147,11 +148,8 @@ class PartialBuild:
             with (self.path / DONE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(vars(done)) + "\n")
         except OSError as error:
-            raise OutputError(
-                self.path,
-                f"cannot be written ({error})",
-                fix="Free some room, then run the same command to go on.",
-            ) from error
+            left = "the same command goes on from here"
+            raise output_error(self.path, error, left=left) from error
         self._done[batch.number] = done
 
     def nll(self, batches: Sequence[Batch]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knnmoe.runtime.atomic import output_error
 from knnmoe.runtime.errors import OutputError
 
 CHUNK_BYTES = 4 << 20
@@ -141,8 +142,4 @@ class TensorFile:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        path.parent,
-        f"cannot be written ({error})",
-        fix="Free some room, then run the same command to go on.",
-    )
+    return output_error(path.parent, error, left="the same command goes on from here")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import time
@@ -19,8 +21,11 @@ SCHEMA_MARK = b'"knnmoe.'
 
 STALE_AFTER_SECONDS = 60.0
 STALE_FORM = ".{name}.{token}.partial"  # with a token of eight characters
+OLD_FORM = ".{name}.{token}.old"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV)
+_REPORTED = re.compile(r"\(os error (\d+)\)")
+_AT_CWD, _EXCHANGE = -100, 2  # of renameat2
 
 
 @contextmanager
@@ -71,19 +76,17 @@ def write_file(target: Path, content: bytes) -> None:
     Raises:
         OutputError: If it cannot be written there.
     """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    temporary = target.with_name(STALE_FORM.format(name=target.name, token=secrets.token_hex(4)))
     try:
+        remove_stale(target)
         with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(target)
+        sync(target.parent)
     except OSError as error:
-        raise OutputError(
-            target,
-            f"cannot be written ({error.strerror})",
-            fix="Name a file in a directory that exists and that you may write to.",
-        ) from error
+        raise output_error(target, error, needed_bytes=len(content)) from error
     finally:
         with suppress(OSError):  # it is gone, or never was there
             temporary.unlink()
@@ -155,11 +158,7 @@ def _make_sibling(target: Path) -> Path:
     try:
         temporary.mkdir()
     except OSError as error:
-        raise OutputError(
-            target.parent,
-            f"cannot be written to ({error.strerror})",
-            fix="Choose a directory you may write to.",
-        ) from error
+        raise output_error(target.parent, error) from error
     return temporary
 
 
@@ -186,17 +185,23 @@ def lock_directory(directory: Path) -> int | None:
 
 
 def remove_stale(target: Path) -> None:
-    """Remove what killed writers of the same directory left behind: old, and locked by nobody."""
-    prefix, suffix = STALE_FORM.format(name=target.name, token="|").split("|")
-    if not target.parent.is_dir():
-        return
-    for sibling in target.parent.iterdir():
-        name = sibling.name
-        if not (name.startswith(prefix) and name.endswith(suffix)) or sibling.is_symlink():
+    """Remove what killed writers of the same target left behind: old, and locked by nobody.
+
+    What one was killed over that had moved the old directory away, and not yet the new one into its
+    place, gets its name back.
+    """
+    for sibling in _siblings(target, OLD_FORM):
+        if time.time() - sibling.stat().st_ctime < STALE_AFTER_SECONDS:
             continue
-        if len(name) != len(prefix) + 8 + len(suffix):
-            continue
+        if target.exists():
+            shutil.rmtree(sibling, ignore_errors=True)
+        else:
+            sibling.rename(target)
+    for sibling in _siblings(target, STALE_FORM):
         if time.time() - sibling.stat().st_mtime < STALE_AFTER_SECONDS:
+            continue
+        if sibling.is_file():
+            sibling.unlink(missing_ok=True)
             continue
         try:
             lock = lock_directory(sibling)
@@ -205,6 +210,20 @@ def remove_stale(target: Path) -> None:
         if lock is not None:
             shutil.rmtree(sibling, ignore_errors=True)
             os.close(lock)
+
+
+def _siblings(target: Path, form: str) -> list[Path]:
+    """What lies beside a target under a name of that form."""
+    prefix, suffix = form.format(name=target.name, token="|").split("|")
+    length = len(prefix) + 8 + len(suffix)
+    if not target.parent.is_dir():
+        return []
+    return [
+        sibling
+        for sibling in target.parent.iterdir()
+        if sibling.name.startswith(prefix) and sibling.name.endswith(suffix)
+        if len(sibling.name) == length and not sibling.is_symlink()
+    ]
 
 
 def sync_tree(root: Path) -> None:
@@ -227,21 +246,43 @@ def sync(path: Path) -> None:
 
 
 def move_into_place(temporary: Path, target: Path) -> None:
-    """Give a directory its final name; what bore it before is removed."""
+    """Give a directory its final name; what bore it before is removed.
+
+    At every moment the name is that of the old one or the new one, whole, where the system can let
+    two names change places (Linux, but for a few file systems). Elsewhere there is a moment without
+    either; `remove_stale` brings back the old one of a writer that was killed in it.
+    """
+    old = None
     if not target.exists():
         temporary.rename(target)
+    elif exchange(temporary, target):
+        old = temporary
     else:
-        # Two renames, because one cannot replace a directory with content; the old one comes back
-        # if the second fails.
-        old = temporary.with_name(temporary.name.removesuffix(".partial") + ".old")
+        old = target.with_name(OLD_FORM.format(name=target.name, token=secrets.token_hex(4)))
         target.rename(old)
         try:
             temporary.rename(target)
         except BaseException:
             old.rename(target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
     sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places at once; False where the system has no such thing."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if rename(_AT_CWD, names[0], _AT_CWD, names[1], ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def as_output_error(
@@ -252,21 +293,56 @@ def as_output_error(
     left: str = "nothing was left behind",
 ) -> OutputError | None:
     """The stated failure behind an error of the operating system, if it is about the output."""
-    # The safetensors library reports the operating system's errors as text.
-    if (isinstance(error, OSError) and error.errno in _FULL) or "(os error 28)" in str(error):
+    number = _number(error)
+    if number in _FULL:
+        return output_error(target, error, needed_bytes=needed_bytes, left=left)
+    if isinstance(error, OSError) and error.filename is not None:
+        concerned = [os.fsdecode(name) for name in (error.filename, error.filename2) if name]
+        about_us = any(name.startswith((str(temporary), str(target))) for name in concerned)
+        return output_error(target, error, left=left) if about_us else None
+    # Without a name it is of a file that was open already: the ones that are written.
+    return output_error(target, error, left=left) if number in _REFUSED else None
+
+
+def output_error(
+    target: Path, error: BaseException, *, needed_bytes: int | None = None, left: str | None = None
+) -> OutputError:
+    """What a person should know when the operating system does not let `target` be written.
+
+    Args:
+        target: What was to be written.
+        error: An `OSError`, or one of a library that reports one.
+        needed_bytes: What it takes, if known.
+        left: What became of it, as a clause.
+    """
+    number = _number(error)
+    behind = "" if left is None else f"; {left}"
+    if number in _FULL:
+        expected = None if needed_bytes is None else f"{readable_size(needed_bytes)} in all"
         return OutputError(
             target,
             "the disk is full",
-            expected=None if needed_bytes is None else f"{readable_size(needed_bytes)} in all",
-            found=f"{readable_size(shutil.disk_usage(target.parent).free)} free",
-            fix=f"Free some room, or choose another disk; {left}.",
+            expected=expected,
+            found=f"{readable_size(_free(target))} free",
+            fix=f"Free some room, or choose another disk{behind}.",
         )
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        concerned = str(error.filename or "")
-        if concerned.startswith((str(temporary), str(target))):
-            return OutputError(
-                target,
-                f"cannot be written ({error.strerror})",
-                fix="Choose a directory you may write to.",
-            )
-    return None
+    reason = str(error) if number is None else os.strerror(number)
+    return OutputError(
+        target,
+        f"cannot be written ({reason})",
+        fix=f"Choose a directory that exists and that you may write to{behind}.",
+    )
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number of an error; the safetensors library reports it as text."""
+    if isinstance(error, OSError):
+        return error.errno
+    reported = _REPORTED.search(str(error))
+    return int(reported[1]) if reported else None
+
+
+def _free(path: Path) -> int:
+    """Bytes free where a file is, or would be."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(there).free

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import KnnMoeError
+from .errors import InputError, KnnMoeError
 
 Result = Callable[[Mapping[str, Any], Callable[[], None]], None]
 
@@ -62,6 +63,11 @@ def outcome(as_json: bool) -> Iterator[Result]:
             yield result
     except KnnMoeError as error:
         _fail(error, as_json, stdout)
+    except Exception as error:
+        known = _stated(error)
+        if known is None:
+            raise
+        _fail(known, as_json, stdout)
     except KeyboardInterrupt:
         _end_interrupted()
 
@@ -130,6 +136,23 @@ def _fail(error: KnnMoeError, as_json: bool, stdout: Any) -> NoReturn:
 def _end_interrupted() -> NoReturn:
     click.echo("interrupted", err=True)
     sys.exit(INTERRUPTED)
+
+
+def _stated(error: Exception) -> KnnMoeError | None:
+    """What a person should know of an error that is not ours, if it is the machine's and no bug."""
+    from .shortage import is_shortage, shortage
+
+    if is_shortage(error):
+        return shortage(error, "this command", None, "Close what else uses the memory.")
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        concerned = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        return InputError(
+            concerned,
+            "cannot be used",
+            found=error.strerror,
+            fix="Check that it is there, and that you may read or write it.",
+        )
+    return None
 
 
 def print_error(error: KnnMoeError) -> None:

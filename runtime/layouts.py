@@ -18,6 +18,7 @@ from .cache import Cache
 from .engines.base import Array, Engine, Run, Zeros
 from .gates.base import Gate, GateBuffers, GateTrace
 from .gates.onnx import memory_inputs
+from .shortage import memory_for
 
 # Positions a pass of a long prompt takes: bounds the buffers and the [tokens, N] similarities.
 PREFILL_CHUNK = 512
@@ -271,7 +272,10 @@ class HostLayout:
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Layout.new_cache`."""
-        cache = Cache.allocate(self.architecture, batch, capacity)
+        shape = self.architecture
+        numbers = batch * capacity * shape.cache_width * shape.num_layers
+        with memory_for(f"the key-value cache of {batch} x {capacity} tokens", 4 * numbers):
+            cache = Cache.allocate(shape, batch, capacity)
         if self.architecture.latent_size:
             # The graphs write the same twice, since GroupQueryAttention has an output for each.
             cache.values = cache.keys
@@ -295,11 +299,15 @@ class HostLayout:
 
     def new_step(self, batch: int, length: int, rows: int) -> StepBuffers:
         """See `Layout.new_step`."""
-        return StepBuffers.allocate(batch, length, rows, self.architecture.vocab_size)
+        vocab_size = self.architecture.vocab_size
+        with memory_for(f"logits of {rows} tokens", 4 * rows * vocab_size):
+            return StepBuffers.allocate(batch, length, rows, vocab_size)
 
     def bind(self, step: StepBuffers, cache: Cache, *, traced: bool = False) -> HostStep:
         """See `Layout.bind`."""
-        return HostStep(self.wiring.parts(step, cache, traced=traced), cache)
+        batch, length = step.input_ids.shape
+        with memory_for(f"buffers of a step of {batch} x {length} tokens"):
+            return HostStep(self.wiring.parts(step, cache, traced=traced), cache)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,12 @@ class MemoryPack:
         """Size of the pack's tensors on disk."""
         return sum(gate.stored.size for gate in self.gates)
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes that the gates in use take in memory as fp32, uncompressed."""
+        width = self.model.hidden_size + self.model.num_experts + 3
+        return sum(4 * gate.entries * width for gate in self.gates if gate.used)
+
     def check_belongs_to(self, model: ModelIdentity) -> None:
         """Raise `MemoryPackError` unless this memory was built for that model."""
         for name, expected in asdict(model).items():

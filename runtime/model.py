@@ -32,6 +32,7 @@ from .routing import RoutingRule
 from .sampling import GenerationConfig
 from .selection_bias import read_selection_biases
 from .session import Hooks, Overflow, Session
+from .shortage import memory_for
 from .tokenizer import Tokenizer
 
 
@@ -114,24 +115,29 @@ class Model:
             SettingError: If a setting is out of its range, or the device does not have it.
             BackendError: If a backend is missing or does not fit.
             EngineError: If engines are damaged, or of another bundle, device or version.
-            DeviceError: If the device has too little memory.
+            DeviceError: If the device, or this machine, has too little memory.
         """
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        backend = open_backend(
-            opened,
-            device,
-            layout=layout,
-            gate=gate,
-            threads=threads,
-            engines=engines,
-            keys=keys,
-            cuda_graph=cuda_graph,
-        )
-        model = Model(opened, backend)
+        if not isinstance(bundle, Bundle):
+            with memory_for(f"checking {bundle}"):
+                bundle = Bundle.open(bundle)
+        opened = bundle
+        with memory_for(f"the model of {opened.path}", opened.total_bytes):
+            backend = open_backend(
+                opened,
+                device,
+                layout=layout,
+                gate=gate,
+                threads=threads,
+                engines=engines,
+                keys=keys,
+                cuda_graph=cuda_graph,
+            )
+            model = Model(opened, backend)
         if memory is not None:
             pack = memory
             if not isinstance(pack, MemoryPack):
-                pack = MemoryPack.open(pack)
+                with memory_for(f"checking {pack}"):
+                    pack = MemoryPack.open(pack)
                 if variant is None:
                     pack.check_calibrated()
             pack = pack.with_settings(variant=variant, neighbors=neighbors, similarity=similarity)
@@ -203,9 +209,11 @@ class Model:
             MemoryPackError: If the pack is damaged or belongs to another model, or is given by its
                 path, replaces logits and is not calibrated.
             BackendError: If the backend does not fit.
+            DeviceError: If there is not enough memory for it.
         """
         if memory is not None and not isinstance(memory, MemoryPack):
-            memory = MemoryPack.open(memory)
+            with memory_for(f"checking {memory}"):
+                memory = MemoryPack.open(memory)
             memory.check_calibrated()
         with self._swapping:
             layout, memories = self._layout(memory)
@@ -437,8 +445,10 @@ class Model:
         if memory is not None:
             memory.check_belongs_to(self.identity)
         rule = self.bundle.manifest.routing
-        memories = _memories(memory, rule, self._selection_biases)
-        return self._backend.layout(memories), memories
+        what = "routing" if memory is None else f"the memory of {memory.path}"
+        with memory_for(what, None if memory is None else memory.loaded_bytes):
+            memories = _memories(memory, rule, self._selection_biases)
+            return self._backend.layout(memories), memories
 
 
 def _generation_config(bundle: Bundle) -> GenerationConfig:

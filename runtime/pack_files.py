@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .atomic import write_file
 from .bundle import describe_file
-from .errors import MemoryPackError, OutputError
+from .errors import MemoryPackError
 
 MANIFEST = "memory.json"
 REBUILD = "Build the memory again with `knnmoe memory build`."
@@ -33,21 +34,8 @@ class PackFile:
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Write `memory.json`, over an old one only when the new one is whole and on disk."""
-    temporary = directory / (MANIFEST + ".tmp")
     text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(directory / MANIFEST)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(
-            directory / MANIFEST,
-            f"cannot be written ({error.strerror})",
-            fix="Make room, or choose a directory you may write to.",
-        ) from error
+    write_file(directory / MANIFEST, text.encode("utf-8"))
 
 
 def write_tensors(directory: Path, name: str, tensors: Mapping[str, NDArray[Any]]) -> PackFile:

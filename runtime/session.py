@@ -30,6 +30,7 @@ from .generation import (
 from .layouts import GateRecord
 from .metrics import Meter, TextCount
 from .sampling import GenerationConfig
+from .shortage import memory_for
 
 Overflow = Literal["refuse", "slide"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
@@ -337,7 +338,7 @@ class Session:
         call = self._begin()
         written: list[int] = []
         self._text = (ids, written)
-        with self._meter.text(len(ids)) as count:
+        with self._meter.text(len(ids)) as count, memory_for("writing a text"):
             try:
                 pending = self._resume(ids)
                 count.reused(len(ids) - len(pending))

@@ -17,7 +17,12 @@ import onnx
 import onnx.numpy_helper
 
 from knnmoe import __version__
-from knnmoe.runtime.atomic import check_free_space, check_replaceable, new_directory
+from knnmoe.runtime.atomic import (
+    check_free_space,
+    check_replaceable,
+    new_directory,
+    remove_stale,
+)
 from knnmoe.runtime.bundle import Bundle, describe_file
 from knnmoe.runtime.engines.engine_set import EngineSet, bundle_hash, cache_folder
 from knnmoe.runtime.engines.tensorrt import load_tensorrt
@@ -173,6 +178,7 @@ def _build_once(
     if place is None:
         place, overwrite = cache_folder() / engines.key[:16], True
         place.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(place.absolute())
     there = _already_there(place, bundle, engines.key)
     if there is not None:
         return there, None

@@ -13,7 +13,10 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import BackendError
+from ..shortage import is_shortage, shortage
 from .base import Array, Run
+
+_SMALLER = "Close what else uses the memory, or take a shorter prompt, a smaller batch or model."
 
 
 class OrtEngine:
@@ -39,6 +42,7 @@ class OrtEngine:
         precise_int8: bool = False,
     ) -> None:
         self.threads = threads
+        self.name = "a graph made in memory" if isinstance(graph, bytes) else str(graph)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
@@ -61,8 +65,10 @@ class OrtEngine:
                 providers=["CPUExecutionProvider"],
             )
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            if is_shortage(error):
+                raise shortage(error, self.name, None, _SMALLER) from error
             raise BackendError(
-                "a graph made in memory" if isinstance(graph, bytes) else graph,
+                self.name,
                 f"ONNX Runtime {ort.__version__} cannot load this graph",
                 found=str(error).splitlines()[0],
                 fix="Export the bundle again with this version installed.",
@@ -80,23 +86,40 @@ class OrtEngine:
             if name not in self.outputs:
                 raise ValueError(f"the graph has no output {name}; it has {self.outputs}")
             binding.bind_ortvalue_output(name, _value(array))
-        return _Bound(session, binding, (*inputs.values(), *outputs.values())).run
+        buffers = (*inputs.values(), *outputs.values())
+        return _Bound(session, binding, buffers, self.name).run
 
 
 class _Bound:
     """A binding together with the buffers it borrows."""
 
-    __slots__ = ("_binding", "_buffers", "_session")
+    __slots__ = ("_binding", "_buffers", "_name", "_session")
 
     def __init__(
-        self, session: ort.InferenceSession, binding: ort.IOBinding, buffers: tuple[Array, ...]
+        self,
+        session: ort.InferenceSession,
+        binding: ort.IOBinding,
+        buffers: tuple[Array, ...],
+        name: str,
     ) -> None:
         self._session = session
         self._binding = binding
         self._buffers = buffers
+        self._name = name
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # of no common base class
+            if is_shortage(error):
+                what = f"{self._name}: a step's intermediate results"
+                raise shortage(error, what, None, _SMALLER) from error
+            raise BackendError(
+                self._name,
+                "ONNX Runtime does not run this graph",
+                found=str(error).splitlines()[0],
+                fix="Check the bundle with `knnmoe-export --verify`, or export it again.",
+            ) from error
 
 
 def _value(array: Array) -> ort.OrtValue:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import OutputError
+from ..atomic import write_file
 from .elements import Content, E, Element
 
 _STYLE = """
@@ -99,13 +99,7 @@ def write_html(path: Path, document: str) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(document, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(path, "cannot be written", found=error.strerror,
-                          fix="Name a file in a directory that exists.") from error  # fmt: skip
+    write_file(path, document.encode("utf-8"))
 
 
 def section(heading: str, *content: Content) -> Element:

@@ -122,7 +122,7 @@ def test_a_parent_that_cannot_be_written_to_is_a_stated_failure(tmp_path, monkey
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputError, match=r"cannot be written to \(Permission denied\)"):
+    with pytest.raises(OutputError, match=r"cannot be written \(Permission denied\)"):
         make(tmp_path / "pack", "")
 
 
@@ -144,11 +144,54 @@ def test_the_old_one_comes_back_if_the_new_one_cannot_be_moved(tmp_path, monkeyp
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OutputError, match="Input/output"):
         make(tmp_path / "pack", "new", overwrite=True)
     assert (tmp_path / "pack" / "data").read_text() == "old"
     assert names(tmp_path) == {"pack"}
+
+
+def test_where_names_cannot_change_places_the_next_writer_brings_the_old_one_back(
+    tmp_path, monkeypatch
+):
+    make(tmp_path / "pack", "old")
+    rename = Path.rename
+
+    def die(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            os._exit(9)
+        return rename(self, target)
+
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", die)
+    child = os.fork()
+    if not child:
+        make(tmp_path / "pack", "new", overwrite=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] != 0
+    monkeypatch.undo()
+    assert not (tmp_path / "pack").exists()
+    monkeypatch.setattr(atomic, "STALE_AFTER_SECONDS", 0.0)
+    atomic.remove_stale(tmp_path / "pack")
+    assert (tmp_path / "pack" / "data").read_text() == "old"
+    assert names(tmp_path) == {"pack"}
+
+
+def test_a_write_that_failed_while_names_changed_places_is_not_taken_for_another_system(
+    tmp_path,
+):
+    (tmp_path / "one").mkdir()
+    with pytest.raises(FileNotFoundError):
+        atomic.exchange(tmp_path / "one", tmp_path / "two")
+
+
+def test_remains_of_a_killed_writer_of_a_file_are_removed(tmp_path):
+    left = tmp_path / ".report.html.0123abcd.partial"
+    left.touch()
+    age(left)
+    atomic.write_file(tmp_path / "report.html", b"new")
+    assert names(tmp_path) == {"report.html"}
 
 
 def age(path: Path) -> None:
