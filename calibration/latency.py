@@ -8,7 +8,9 @@ from typing import Any
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pipeline import Pipeline
-from knnmoe.runtime.profiling.measure import DEFAULT_CONTEXT, ProfileSettings, measure
+from knnmoe.runtime.profiling.figures import disturbed, typical_ms
+from knnmoe.runtime.profiling.measure import Bench, Target, points_of
+from knnmoe.runtime.profiling.plan import fit_grid
 
 STEPS = 40
 
@@ -45,9 +47,11 @@ def measure_latency(model: Model, pack: MemoryPack, limit: float) -> Latency:
     loaded = Pipeline(model.pipeline.layout)
     model.disable_memory()
     frozen = Pipeline(model.pipeline.layout)
-    context = min(DEFAULT_CONTEXT, loaded.max_positions - 1)
-    settings = ProfileSettings(context=context, prompts=(), steps=STEPS)
-    decode = measure(loaded, frozen, settings).decode
-    assert decode.frozen is not None
-    before = decode.frozen.typical()
-    return Latency(100 * (decode.loaded.typical() / before - 1), before, limit, decode.disturbed)
+    grid = fit_grid(loaded.max_positions, phases=("decode",), entries=(1, 0), steps=STEPS)
+    targets = [Target(loaded, model.layout, 1), Target(frozen, model.layout, 0)]
+    bench = Bench(points_of(targets, grid), grid)
+    bench.measure()
+    with_memory, without = (point.point() for point in bench.points)
+    before = typical_ms(without)
+    percent = 100 * (typical_ms(with_memory) / before - 1)
+    return Latency(percent, before, limit, disturbed(with_memory))

@@ -7,7 +7,7 @@ length that the key itself had, so that what the projection left out counts as d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .blend import GateMemory
 from .calibration import Calibration, Similarity
 from .projection import ProjectedKeys, decode
-from .stored_values import Values, dense
+from .stored_values import StoredValues, Values, dense
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,42 @@ Memory = GateMemory | CompressedMemory
 def widened(memory: Memory | None) -> GateMemory | None:
     """A memory as every gate takes it."""
     return memory.widened() if isinstance(memory, CompressedMemory) else memory
+
+
+def first_entries(memory: Memory | None, count: int) -> Memory | None:
+    """The memory with its first `count` entries, as views; None if that is none.
+
+    What a search costs does not depend on which entries these are.
+    """
+    if memory is None or count < 1:
+        return None
+    kept = slice(0, count)
+    weights = memory.evidence_weights
+    common: dict[str, Any] = {
+        "values": _first_values(memory.values, kept),
+        "n_valid": min(memory.n_valid, count),
+        "evidence_weights": None if weights is None else weights[kept],
+    }
+    if isinstance(memory, CompressedMemory):
+        scan = replace(memory.scan, codes=memory.scan.codes[kept], scales=memory.scan.scales[kept])
+        return replace(
+            memory,
+            **common,
+            keys=None if memory.keys is None else memory.keys[kept],
+            multipliers=memory.multipliers[kept],
+            norms=memory.norms[kept],
+            lengths=memory.lengths[kept],
+            scan=scan,
+        )
+    return replace(memory, **common, keys=memory.keys[kept], key_scales=memory.key_scales[kept])
+
+
+def _first_values(values: Values, kept: slice) -> Values:
+    if not isinstance(values, StoredValues):
+        return values[kept]
+    return replace(
+        values,
+        codes=values.codes[kept],
+        steps=None if values.steps is None else values.steps[kept],
+        lows=None if values.lows is None else values.lows[kept],
+    )

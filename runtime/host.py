@@ -51,6 +51,9 @@ class ModelBackend(Protocol):
             before: The last layout.
         """
 
+    def beside(self, memories: Sequence[Memory | None]) -> Layout:
+        """Another layout with other memories, which serves beside those there are."""
+
 
 class HostBackend:
     """ONNX Runtime on the CPU; loads each graph once.
@@ -59,7 +62,8 @@ class HostBackend:
         bundle: What to run.
         layout: `split` or `fused`.
         gate: Backend of the gates in the split layout.
-        threads: Of one operator; None takes the physical cores, or one for a tiny model.
+        threads: Of one operator; None takes the physical cores, or one for a tiny model. What was
+            taken is the attribute of that name, None for the physical cores.
 
     Raises:
         BackendError: If the layout is unknown, not in the bundle, or ONNX Runtime is too old or
@@ -78,7 +82,7 @@ class HostBackend:
         check_onnxruntime(bundle)
         self.layout_name = layout
         self._bundle, self._gate = bundle, gate
-        self._threads = threads if threads is not None else _sensible_threads(bundle)
+        self.threads = threads if threads is not None else _sensible_threads(bundle)
         self._selection_biases = read_selection_biases(bundle)
         self._engines: dict[str, OrtEngine] = {}
         segments = bundle.manifest.segments
@@ -123,10 +127,14 @@ class HostBackend:
         room = manifest.experts_per_token
         return make_gate(self._gate, memory, manifest.routing, room, engine, bias)
 
+    def beside(self, memories: Sequence[Memory | None]) -> HostLayout:
+        """See `ModelBackend.beside`."""
+        return self.layout(memories)
+
     def _engine(self, file: str) -> OrtEngine:
         """The engine of a graph of the bundle, loaded once."""
         if file not in self._engines:
-            self._engines[file] = OrtEngine(self._bundle.file(file), threads=self._threads)
+            self._engines[file] = OrtEngine(self._bundle.file(file), threads=self.threads)
         return self._engines[file]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .blend import GateMemory
 from .bundle import ModelShape
 from .cache import Cache
-from .engines.base import Array, Engine, Run, Zeros
+from .engines.base import Array, BoundEngine, Engine, Run, Zeros
 from .gates.base import Gate, GateBuffers, GateTrace
 from .gates.onnx import memory_inputs
 from .shortage import memory_for
@@ -120,14 +120,54 @@ class BoundStep(Protocol):
     def records(self) -> tuple[GateRecord, ...]:
         """What the gates decided, on the host, if traced."""
 
+    @property
+    def parts(self) -> Parts:
+        """What it runs."""
+
     def run(self) -> None:
         """Run the whole step; its results are there when this returns."""
 
-    def timed(self) -> dict[str, float]:
-        """Run it part by part: the milliseconds of each by name, in order."""
+    def timed(self) -> StepTimes:
+        """Run the step and time its parts."""
 
     def first_nonfinite(self) -> str | None:
         """Run it part by part up to the first that leaves numbers that are not finite: its name."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of the parts of a step by name, in order.
+
+    Attributes:
+        host: On the host's clock; of work that is launched, what launching it took.
+        device: On the device's clock, where there is one.
+    """
+
+    host: dict[str, float]
+    device: dict[str, float] | None = None
+
+    @staticmethod
+    def total(pieces: Sequence[StepTimes]) -> StepTimes:
+        """The times of a step that was run in pieces."""
+        host = _added([piece.host for piece in pieces])
+        device = [piece.device for piece in pieces if piece.device is not None]
+        return StepTimes(host, _added(device) if device else None)
+
+
+def _added(times: Sequence[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for piece in times:
+        for name, milliseconds in piece.items():
+            total[name] = total.get(name, 0.0) + milliseconds
+    return total
+
+
+@dataclass(frozen=True)
+class BoundGate:
+    """A gate with the buffers it was bound to, for looking into it."""
+
+    gate: Gate
+    buffers: GateBuffers
 
 
 @dataclass(frozen=True)
@@ -138,19 +178,22 @@ class Parts:
         names, runs: One a part.
         records: One a gate, if traced.
         outputs: By part, the fp32 arrays it leaves for the next; caches are not among them.
+        gates: Those between segments, by the name of their part.
+        engines: The others, by the name of their part, with what they were bound to.
     """
 
     names: tuple[str, ...]
     runs: tuple[Run, ...]
     records: tuple[GateRecord, ...]
     outputs: tuple[tuple[Array, ...], ...]
+    gates: Mapping[str, BoundGate] = field(default_factory=dict)
+    engines: Mapping[str, BoundEngine] = field(default_factory=dict)
 
-    def timed(self, wait: Run) -> dict[str, float]:
-        """Run the parts, waiting for each: their milliseconds by name."""
+    def timed(self) -> dict[str, float]:
+        """Run the parts: their milliseconds on the host's clock by name."""
         stamps = [perf_counter_ns()]
         for run in self.runs:
             run()
-            wait()
             stamps.append(perf_counter_ns())
         spans = zip(self.names, stamps, stamps[1:], strict=False)
         return {name: (end - start) / 1e6 for name, start, end in spans}
@@ -234,11 +277,11 @@ class HostStep:
             run()
         self._take_over()
 
-    def timed(self) -> dict[str, float]:
+    def timed(self) -> StepTimes:
         """See `BoundStep.timed`."""
-        times = self.parts.timed(wait=lambda: None)
+        times = self.parts.timed()
         self._take_over()
-        return times
+        return StepTimes(times)
 
     def first_nonfinite(self) -> str | None:
         """See `BoundStep.first_nonfinite`."""
@@ -329,6 +372,8 @@ class SplitWiring:
         runs: list[Run] = []
         records: list[GateRecord] = []
         outs: list[tuple[Array, ...]] = []
+        gates: dict[str, BoundGate] = {}
+        engines: dict[str, BoundEngine] = {}
         entering: dict[str, Array] = {}
         for index, engine in enumerate(self.segments):
             inputs = {**step.named(), **entering, **_past(cache, self.layers[index])}
@@ -337,6 +382,7 @@ class SplitWiring:
             leaving: dict[str, Array] = {"logits": step.logits} if last else next(flows)
             outputs |= {name if last else f"{name}_out": a for name, a in leaving.items()}
             names.append(f"segment {index}")
+            engines[names[-1]] = BoundEngine(engine, inputs, outputs)
             outs.append(tuple(leaving.values()))
             runs.append(engine.bind(inputs, outputs))
             if last:
@@ -355,6 +401,7 @@ class SplitWiring:
                 state_out=cache.states_out[index],
             )
             names.append(f"gate {index}")
+            gates[names[-1]] = BoundGate(gate, buffers)
             outs.append((record.expert_weights,))
             runs.append(gate.bind(buffers, record.trace if traced else None))
             records.append(record)
@@ -364,7 +411,8 @@ class SplitWiring:
                 "expert_ids": record.expert_ids,
                 "expert_weights": record.expert_weights,
             }
-        return Parts(tuple(names), tuple(runs), tuple(records) if traced else (), tuple(outs))
+        kept = tuple(records) if traced else ()
+        return Parts(tuple(names), tuple(runs), kept, tuple(outs), gates, engines)
 
     def _flows(self, batch: int, length: int) -> Iterator[dict[str, Array]]:
         """Buffers between segments, two sets in turn: a segment reads one and writes the other."""
@@ -422,7 +470,8 @@ class FusedWiring:
                 outputs |= {f"{name}_{gate}": a for name, a in record.named().items()}
                 records.append(record)
         run = self.engine.bind(inputs, outputs)
-        return Parts(("fused",), (run,), tuple(records), ((step.logits,),))
+        engines = {"fused": BoundEngine(self.engine, inputs, outputs)}
+        return Parts(("fused",), (run,), tuple(records), ((step.logits,),), {}, engines)
 
 
 def bias_inputs(selection_biases: Sequence[Array | None]) -> dict[str, Array]:

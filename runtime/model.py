@@ -17,7 +17,7 @@ from .batch import generate_batch
 from .bundle import EXPORT_AGAIN, Bundle
 from .calibration import Similarity, Variant
 from .chat import ChatTemplate, Message
-from .compressed import Memory
+from .compressed import Memory, first_entries
 from .devices import Device, open_backend
 from .entries import NewEntries, with_entries
 from .errors import BackendError, BundleError, InputError
@@ -257,6 +257,31 @@ class Model:
     def disable_memory(self) -> None:
         """Route by the frozen router from the next step on."""
         self.swap_memory(None)
+
+    def beside(self, entries: int | None = None) -> Pipeline:
+        """A pipeline over the same engines with a smaller memory, beside the model's own.
+
+        For measuring what a memory's size costs: each gate has its first `entries` entries, none
+        with 0, all with None. Swaps do not touch it.
+
+        Raises:
+            BackendError, DeviceError: As `swap_memory` does.
+        """
+        memories = self._memories
+        if entries is not None:
+            memories = tuple(first_entries(memory, entries) for memory in memories)
+        return Pipeline(self.backend.beside(memories))
+
+    @property
+    def backend(self) -> ModelBackend:
+        """Where the model runs.
+
+        Raises:
+            BackendError: If the model was closed.
+        """
+        if self._backend is None:
+            raise self._closed()
+        return self._backend
 
     def session(
         self,

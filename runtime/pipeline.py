@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .cache import Cache
 from .errors import InputError
-from .layouts import BoundStep, GateRecord, Layout, StepBuffers
+from .layouts import BoundStep, GateRecord, Layout, Parts, StepBuffers, StepTimes
 
 Rows = Literal["last", "all"]
 
@@ -149,18 +149,25 @@ class Pipeline:
 
     def timed_step(
         self, cache: Cache, input_ids: NDArray[np.int64], rows: Rows = "last"
-    ) -> dict[str, float]:
-        """A step that returns the milliseconds of each part by name, in order."""
+    ) -> StepTimes:
+        """A step that returns the milliseconds of its parts."""
         ids = np.asarray(input_ids, np.int64)
         self._check(cache, ids, None)
         layout = self.layout
-        times: dict[str, float] = {}
+        times: list[StepTimes] = []
         for piece, counts in self._pieces(layout, ids):
             plan = self._fill(layout, cache, piece, counts, rows)
-            for name, milliseconds in plan.bound.timed().items():
-                times[name] = times.get(name, 0.0) + milliseconds
+            times.append(plan.bound.timed())
             cache.lengths += counts
-        return times
+        return StepTimes.total(times)
+
+    def bound_parts(self, cache: Cache, length: int, rows: Rows = "last") -> Parts:
+        """What a step of that many tokens a sequence runs, with what the last such step left.
+
+        For looking into its parts: of a prompt that is taken in pieces, this is a whole piece.
+        """
+        width = min(length, self.layout.prefill_chunk) if cache.batch == 1 else length
+        return self._plan(self.layout, cache, width, rows, traced=False).bound.parts
 
     def traced_step(
         self, cache: Cache, input_ids: NDArray[np.int64]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -88,7 +89,10 @@ class MemoryArrays:
 
 @dataclass(frozen=True)
 class BoundBlend:
-    """A call whose arrays are fixed: `run` launches it, the rest is where its results will be."""
+    """A call whose arrays are fixed: `run` launches it, the rest is where its results will be.
+
+    `launches` are the kernels that `run` launches, one after another, by their names.
+    """
 
     run: Callable[[], None]
     rows: Array
@@ -96,6 +100,7 @@ class BoundBlend:
     confidence: Array
     neighbors: Array
     similarities: Array
+    launches: tuple[tuple[str, Callable[[], None]], ...]
 
 
 class CupyBlend:
@@ -268,13 +273,17 @@ class CupyBlend:
             kernel.max_dynamic_shared_size_bytes = self._device.shared_bytes
             launches.append((kernel, launch))
 
-        def run(_keep_alive: Any = arrays) -> None:
-            for kernel, launch in launches:
-                kernel(launch.grid, (launch.threads,), (params,), shared_mem=launch.shared_bytes)
+        def launch_one(kernel: Any, launch: Any, _keep_alive: Any = arrays) -> None:
+            kernel(launch.grid, (launch.threads,), (params,), shared_mem=launch.shared_bytes)
 
+        def run() -> None:
+            for kernel, launch in launches:
+                launch_one(kernel, launch)
+
+        single = tuple((launch.kernel, partial(launch_one, k, launch)) for k, launch in launches)
         outputs = {**results, "state": results["state_out"]}
         del outputs["state_out"]
-        return BoundBlend(run, **outputs)
+        return BoundBlend(run, **outputs, launches=single)
 
     def __call__(self, x: Any, r: Any, state: Any, lengths: Any) -> BoundBlend:
         """Bind and run once."""

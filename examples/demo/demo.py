@@ -19,6 +19,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from knnmoe.runtime.profiling.figures import frozen_twin, gate_share
+from knnmoe.runtime.profiling.intervals import median
+from knnmoe.runtime.profiling.record import ProfileRecord, from_json
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SCRIPTS = Path(sys.executable).parent
@@ -60,7 +64,7 @@ def main(texts: Path, out: Path, domains: tuple[str, ...]) -> None:
 
     say("5. What a gate costs: a decode step, part by part.")
     pack = out / f"memory-{domains[0]}"
-    profile = run("knnmoe", "profile", bundle, "--memory", pack)
+    profile = from_json(run("knnmoe", "profile", bundle, "--memory", pack))
 
     for domain in domains:
         say(f"A sample with the memory of '{domain}' (expect the style of 3 million weights).")
@@ -75,7 +79,8 @@ def main(texts: Path, out: Path, domains: tuple[str, ...]) -> None:
     console.print(gains(results))
     console.print(f"A decode step with the memory of '{domains[0]}', median milliseconds:")
     console.print(costs(profile))
-    share = profile["gate_share"]
+    loaded = profile.points[0]
+    share = gate_share(loaded, frozen_twin(loaded, profile.points))
     console.print(f"Retrieval takes {share:.0%} of it: the model is tiny and its memory is not.")
     minutes = (time.monotonic() - started) / 60
     error = exported["max_abs_error"]
@@ -134,14 +139,15 @@ def gains(results: dict[str, tuple[dict[str, Any], ...]]) -> Table:
     return table
 
 
-def costs(profile: dict[str, Any]) -> Table:
+def costs(profile: ProfileRecord) -> Table:
     table = Table()
     table.add_column("part")
     table.add_column("ms", justify="right")
-    for part, milliseconds in profile["parts"].items():
-        table.add_row(part, f"{milliseconds:.3f}")
+    decode = profile.points[0]
+    for part in decode.parts:
+        table.add_row(part.name, f"{median(part.ms):.3f}")
     table.add_section()
-    table.add_row("whole step", f"{profile['decode_ms_p50']:.3f}", style="bold")
+    table.add_row("whole step", f"{median(decode.whole_ms):.3f}", style="bold")
     return table
 
 

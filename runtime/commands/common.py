@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,66 +36,78 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 def model_options(command: Command) -> Command:
     """BUNDLE, --memory and how to run them; `load_model` takes the values."""
-    options = (
-        click.argument("bundle", type=PATH),
-        click.option(
-            "--memory",
-            type=PATH,
-            metavar="PACK",
-            help="Memory pack; else the frozen router routes.",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(DEVICES),
-            default="cpu",
-            show_default=True,
-            help="cpu runs the bundle as it is, cuda the engines built of it.",
-        ),
-        click.option(
-            "--engines",
-            type=PATH,
-            metavar="DIR",
-            help="cuda: engine set.  [default: the newest of this bundle in the cache]",
-        ),
-        click.option(
-            "--layout",
-            type=click.Choice(LAYOUTS),
-            help="The gates between engines, or inside one.  [default: split; cuda: the engines']",
-        ),
-        click.option(
-            "--gate",
-            type=click.Choice((*BACKENDS, *DEVICE_GATES)),
-            help="Backend of the gates in the split layout.  [default: auto; cuda: cuda]",
-        ),
-        click.option(
-            "--keys",
-            type=click.Choice(KEYS),
-            help="cuda: dtype of the memory's keys on the device.  [default: float16]",
-        ),
-        click.option(
-            "--no-cuda-graph",
-            "cuda_graph",
-            flag_value=False,
-            default=None,
-            help="cuda: launch decode steps one by one.",
-        ),
-        click.option(
-            "--variant",
-            type=click.Choice(VARIANTS),
-            help="What to blend, instead of the pack's own.",
-        ),
-        click.option(
-            "--neighbors", type=int, metavar="K", help="Neighbours, instead of the pack's own."
-        ),
-        click.option(
-            "--scale", type=float, help="Scale of the confidence λ, instead of the pack's own."
-        ),
-        click.option(
-            "--threads",
-            type=int,
-            help="Threads of an operator.  [default: physical cores, 1 if tiny]",
-        ),
-    )
+    return _optioned(command, _MODEL_OPTIONS)
+
+
+def model_options_but_layout(command: Command) -> Command:
+    """As `model_options`, for a command that takes several layouts."""
+    return _optioned(command, (*_MODEL_OPTIONS[:_LAYOUT], *_MODEL_OPTIONS[_LAYOUT + 1 :]))
+
+
+_MODEL_OPTIONS = (
+    click.argument("bundle", type=PATH),
+    click.option(
+        "--memory",
+        type=PATH,
+        metavar="PACK",
+        help="Memory pack; else the frozen router routes.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(DEVICES),
+        default="cpu",
+        show_default=True,
+        help="cpu runs the bundle as it is, cuda the engines built of it.",
+    ),
+    click.option(
+        "--engines",
+        type=PATH,
+        metavar="DIR",
+        help="cuda: engine set.  [default: the newest of this bundle in the cache]",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(LAYOUTS),
+        help="The gates between engines, or inside one.  [default: split; cuda: the engines']",
+    ),
+    click.option(
+        "--gate",
+        type=click.Choice((*BACKENDS, *DEVICE_GATES)),
+        help="Backend of the gates in the split layout.  [default: auto; cuda: cuda]",
+    ),
+    click.option(
+        "--keys",
+        type=click.Choice(KEYS),
+        help="cuda: dtype of the memory's keys on the device.  [default: float16]",
+    ),
+    click.option(
+        "--no-cuda-graph",
+        "cuda_graph",
+        flag_value=False,
+        default=None,
+        help="cuda: launch decode steps one by one.",
+    ),
+    click.option(
+        "--variant",
+        type=click.Choice(VARIANTS),
+        help="What to blend, instead of the pack's own.",
+    ),
+    click.option(
+        "--neighbors", type=int, metavar="K", help="Neighbours, instead of the pack's own."
+    ),
+    click.option(
+        "--scale", type=float, help="Scale of the confidence λ, instead of the pack's own."
+    ),
+    click.option(
+        "--threads",
+        type=int,
+        help="Threads of an operator.  [default: physical cores, 1 if tiny]",
+    ),
+)
+_LAYOUT = 4  # of the options above, the one that chooses a layout
+
+
+def _optioned(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
     for option in reversed(options):
         command = option(command)
     return command

@@ -130,12 +130,41 @@ class DeviceBackend:
         layout.memory = before.memory
         return layout
 
-    def _layout_of(
-        self, memories: Sequence[GateMemory | None], covered: tuple[bool, ...]
-    ) -> DeviceLayout:
+    def beside(self, memories: Sequence[Memory | None]) -> DeviceLayout:
+        """See `ModelBackend.beside`: with a resident block of its own."""
+        ready = self._fitting([widened(memory) for memory in memories])
+        return self._new_layout(self._new_resident(ready))
+
+    @property
+    def cuda(self) -> Cuda:
+        """The device."""
+        return self._cuda
+
+    @property
+    def engine_set(self) -> EngineSet:
+        """The engines."""
+        return self._set
+
+    def _fitting(self, memories: Sequence[GateMemory | None]) -> Sequence[GateMemory | None]:
+        """The memories as the engines take them."""
         if self.layout_name == "fused":
             memories = [fused_memory(self._bundle, memory) for memory in memories]
             self._check_neighbors(memories)
+        return memories
+
+    def _new_resident(self, memories: Sequence[GateMemory | None]) -> ResidentMemory:
+        in_engines = self.layout_name == "fused" or self._settings.gate == "plugin"
+        return ResidentMemory(
+            self._cuda,
+            memories,
+            key_dtype=self._set.keys if in_engines else self._settings.keys,
+            limit=self._set.limits.entries if in_engines else None,
+        )
+
+    def _layout_of(
+        self, memories: Sequence[GateMemory | None], covered: tuple[bool, ...]
+    ) -> DeviceLayout:
+        memories = self._fitting(memories)
         last, resident = self._layout, self._resident
         same = covered == self._covered and (self._set.plugin is not None or self._same_k(memories))
         if last and resident and same and resident.fits(memories):
@@ -147,13 +176,7 @@ class DeviceBackend:
     def _bound_anew(
         self, memories: Sequence[GateMemory | None], covered: tuple[bool, ...]
     ) -> DeviceLayout:
-        in_engines = self.layout_name == "fused" or self._settings.gate == "plugin"
-        resident = ResidentMemory(
-            self._cuda,
-            memories,
-            key_dtype=self._set.keys if in_engines else self._settings.keys,
-            limit=self._set.limits.entries if in_engines else None,
-        )
+        resident = self._new_resident(memories)
         layout = self._new_layout(resident)
         self._resident, self._layout, self._covered = resident, layout, covered
         return layout

@@ -54,6 +54,13 @@ class Cuda:
         return str(self.cupy.cuda.Device().compute_capability)
 
     @property
+    def name(self) -> str:
+        """What its vendor calls the device."""
+        runtime = self.cupy.cuda.runtime
+        name = runtime.getDeviceProperties(runtime.getDevice())["name"]
+        return name.decode() if isinstance(name, bytes) else str(name)
+
+    @property
     def driver(self) -> str:
         """The newest CUDA that the driver supports, as `13.0`."""
         number = int(self.cupy.cuda.runtime.driverGetVersion())
@@ -117,6 +124,16 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait until the stream is empty."""
         self.stream.synchronize()
+
+    def event(self) -> Any:
+        """A mark on the current stream that knows when it was reached."""
+        mark = self.cupy.cuda.Event()
+        mark.record(self.stream)
+        return mark
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Milliseconds on the device between two marks that were reached."""
+        return float(self.cupy.cuda.get_elapsed_time(start, end))
 
     def capture(self, run: Callable[[], None]) -> Graph:
         """Record what `run` puts on the stream, without running it."""

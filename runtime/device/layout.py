@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..cache import Cache
 from ..engines.base import Array, Run, Zeros
 from ..errors import SettingError
 from ..gates.base import GateTrace
-from ..layouts import GateRecord, Parts, StepBuffers, Wiring
+from ..layouts import GateRecord, Parts, StepBuffers, StepTimes, Wiring
 from .cuda import ALIGNMENT, Cuda, Graph
 
 
@@ -97,10 +98,29 @@ class DeviceStep:
             self._runs += 1
             self.cuda.synchronize()
 
-    def timed(self) -> dict[str, float]:
-        """See `BoundStep.timed`."""
-        with self.cuda.lock, self.cuda.current():
-            return self.parts.timed(wait=self.cuda.synchronize)
+    def timed(self) -> StepTimes:
+        """See `BoundStep.timed`: by events between the parts; a captured step is one part."""
+        with self.cuda.lock:
+            names, runs = self.parts.names, self.parts.runs
+            if self.captured and self._runs:
+                self._graph = self._graph or self.cuda.capture(self._launch)
+                names, runs = ("graph",), (self._graph.launch,)
+            self._runs += 1
+            return self._timed(names, runs)
+
+    def _timed(self, names: tuple[str, ...], runs: tuple[Run, ...]) -> StepTimes:
+        cuda = self.cuda
+        with cuda.current():
+            events = [cuda.event()]
+            stamps = [perf_counter_ns()]
+            for run in runs:
+                run()
+                events.append(cuda.event())
+                stamps.append(perf_counter_ns())
+            cuda.synchronize()
+        host = {n: (stamps[i + 1] - stamps[i]) / 1e6 for i, n in enumerate(names)}
+        device = {n: cuda.elapsed_ms(events[i], events[i + 1]) for i, n in enumerate(names)}
+        return StepTimes(host, device)
 
     def first_nonfinite(self) -> str | None:
         """See `BoundStep.first_nonfinite`."""
@@ -234,7 +254,26 @@ class DeviceLayout:
             lambda: _each(cuda.download, downloads),
         )
         captured = self._capturable and length == 1 and not traced
-        return DeviceStep(cuda, Parts(names, runs, (), outputs), tuple(records), captured)
+        parts = Parts(names, runs, (), outputs, inner.gates, inner.engines)
+        return DeviceStep(cuda, parts, tuple(records), captured)
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps become launches of a graph."""
+        return self._capturable
+
+    def launching(self) -> DeviceLayout:
+        """The same engines, gates and memory, launched one by one at every step."""
+        return DeviceLayout(
+            self._cuda,
+            self._decode,
+            self._prefill,
+            limits=self._limits,
+            cache_dtype=self._cache_dtype,
+            room=self._room,
+            capturable=False,
+            shown_neighbors=self._shown,
+        )
 
 
 def _each(copy: Callable[[Any, Any], None], pairs: list[tuple[Any, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 # A NumPy array, or a CuPy array where the engine runs on a CUDA device.
@@ -22,3 +23,12 @@ class Engine(Protocol):
         written in place at every run, so an output may be another engine's input, and a KV cache
         may be bound as past and present at once.
         """
+
+
+@dataclass(frozen=True)
+class BoundEngine:
+    """An engine with the buffers it was bound to, for looking into it."""
+
+    engine: Engine
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]

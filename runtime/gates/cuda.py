@@ -76,37 +76,61 @@ class CudaGate:
 
     def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
         """See `Gate.bind`; buffers and trace are arrays on the device."""
-        rule = self.rule.numbers() | {"selection_bias": self.selection_bias}
-        ids, weights = buffers.expert_ids, buffers.expert_weights
-        if self.blend is None:
-            return self.kernels.route(buffers.router_logits, ids, weights, **rule)
-        rows: Array = buffers.router_logits
-        blended = self.cuda.zeros(rows.shape, np.float32)
-        runs: list[Run] = []
-        if self.rule_first:
-            runs.append(self.kernels.assign(rows, blended, **rule))
-            rows = blended
-        with self.cuda.current():
-            bound = self.blend.bind(
-                buffers.router_input, rows, buffers.state, buffers.lengths,
-                rows=blended, state_out=buffers.state_out,
-            )  # fmt: skip
-        runs.append(bound.run)
-        if self.rule_first:
-            runs.append(self.kernels.heaviest(blended, ids, weights))
-        else:
-            runs.append(self.kernels.route(blended, ids, weights, **rule))
-        if trace is not None:
-            pairs = (
-                (bound.confidence, trace.confidence),
-                (bound.neighbors, trace.neighbors),
-                (bound.similarities, trace.similarities),
-            )
-            runs.extend(partial(self.cuda.copy, *pair) for pair in pairs)
-        launches = tuple(runs)
+        launches = tuple(launch for _, launch in self.stages(buffers, trace))
+        if len(launches) == 1:
+            return launches[0]
 
         def run() -> None:
             for launch in launches:
                 launch()
 
         return run
+
+    def stages(
+        self, buffers: GateBuffers, trace: GateTrace | None = None
+    ) -> tuple[tuple[str, Run], ...]:
+        """What `bind` runs, one after another, by the name of its stage."""
+        rule = self.rule.numbers() | {"selection_bias": self.selection_bias}
+        ids, weights = buffers.expert_ids, buffers.expert_weights
+        if self.blend is None:
+            return (("rule", self.kernels.route(buffers.router_logits, ids, weights, **rule)),)
+        rows: Array = buffers.router_logits
+        blended = self.cuda.zeros(rows.shape, np.float32)
+        runs: list[tuple[str, Run]] = []
+        if self.rule_first:
+            runs.append(("rule", self.kernels.assign(rows, blended, **rule)))
+            rows = blended
+        with self.cuda.current():
+            bound = self.blend.bind(
+                buffers.router_input, rows, buffers.state, buffers.lengths,
+                rows=blended, state_out=buffers.state_out,
+            )  # fmt: skip
+        runs.extend((kernel_stage(kernel), launch) for kernel, launch in bound.launches)
+        if self.rule_first:
+            runs.append(("rule", self.kernels.heaviest(blended, ids, weights)))
+        else:
+            runs.append(("rule", self.kernels.route(blended, ids, weights, **rule)))
+        if trace is not None:
+            pairs = (
+                (bound.confidence, trace.confidence),
+                (bound.neighbors, trace.neighbors),
+                (bound.similarities, trace.similarities),
+            )
+            runs.extend(("trace", partial(self.cuda.copy, *pair)) for pair in pairs)
+        return tuple(runs)
+
+
+_STAGES = {
+    "_prefill_prepare": "prepare",
+    "_prefill_scan": "scan",
+    "_prefill_merge": "select",
+    "_rescore": "select",
+    "_prefill_gate": "blend",
+    "_prefill_finish": "blend",
+    "_decode": "scan and blend",  # one kernel
+}
+
+
+def kernel_stage(kernel: str) -> str:
+    """What a kernel does."""
+    return next(stage for part, stage in _STAGES.items() if part in kernel)

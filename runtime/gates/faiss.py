@@ -60,6 +60,7 @@ class FaissGate(NumpyGate):
             return search(x, memory, self.dtype)
         queries = np.ascontiguousarray(prepare_queries(x, memory), dtype=np.float32)
         scores, ids = self.index.search(queries, wanted)
+        self.lap("scan")
         if memory.similarity == "rbf":  # squared distances, nearest first
             scores = np.exp(-np.float32(memory.calibration.gamma) * np.maximum(scores, 0))
         scores = np.where(ids >= 0, scores, -np.inf)
@@ -76,6 +77,7 @@ class FaissGate(NumpyGate):
         if self.exact and open_ties.any():
             rest = search(x[open_ties], memory, self.dtype)
             neighbors[open_ties], similarities[open_ties], found[open_ties] = rest
+        self.lap("select")
         return neighbors, similarities, found
 
 

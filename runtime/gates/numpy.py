@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..blend import Blended, GateMemory, blend_found, search
+from ..blend import Blended, GateMemory, blend_found, inner_products, rank
 from ..engines.base import Run
 from ..routing import RoutingRule, select_assignments
-from .base import GateBuffers, GateTrace, pad_experts
+from .base import GateBuffers, GateTrace, Lap, pad_experts, unwatched
 
 ROWS_AT_ONCE = 64  # bounds the [rows, N] matrix of similarities
 
@@ -26,6 +26,7 @@ class NumpyGate:
         memory: None routes by the frozen router.
         dtype: Arithmetic; float64 is the oracle of the tests.
         selection_bias: [E], of this gate, where the rule has one.
+        lap: Is told when a stage is done: `scan`, `select`, `gather`, `blend`, `rule`.
     """
 
     rule: RoutingRule
@@ -33,8 +34,13 @@ class NumpyGate:
     memory: GateMemory | None = None
     dtype: type[np.floating[Any]] = np.float32
     selection_bias: NDArray[np.float32] | None = None
+    lap: Lap = unwatched
 
     backend = "numpy"
+
+    def watched(self, lap: Lap) -> NumpyGate:
+        """The same gate, which tells of its stages."""
+        return replace(self, lap=lap)
 
     @property
     def neighbors(self) -> int:
@@ -52,6 +58,7 @@ class NumpyGate:
             else:
                 if self.memory.rule_first:
                     rows = self.rule.assignments(rows, self.selection_bias)
+                    self.lap("rule")
                 blended = self.blend(self.memory, rows, buffers)
                 ids, weights = self._select(blended.rows)
                 np.copyto(buffers.state_out, blended.state, casting="same_kind")
@@ -61,6 +68,7 @@ class NumpyGate:
                     np.copyto(trace.similarities, blended.similarities, casting="same_kind")
             np.copyto(buffers.expert_ids, ids)
             np.copyto(buffers.expert_weights, weights, casting="same_kind")
+            self.lap("rule")
 
         return run
 
@@ -74,7 +82,7 @@ class NumpyGate:
         neighbors, similarities, exists = (
             np.concatenate(part) for part in zip(*found, strict=True)
         )
-        return blend_found(
+        blended = blend_found(
             rows,
             memory,
             neighbors,
@@ -84,12 +92,18 @@ class NumpyGate:
             buffers.lengths,
             dtype=self.dtype,
         )
+        self.lap("blend")
+        return blended
 
     def find(
         self, memory: GateMemory, x: NDArray[Any]
     ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.bool_]]:
         """The K nearest entries of each x [T, D]: ids, similarities, existence, [T, K']."""
-        return search(x, memory, self.dtype)
+        products = inner_products(x, memory, self.dtype)
+        self.lap("scan")
+        found = rank(products, x, memory, self.dtype)
+        self.lap("select")
+        return found
 
     def _select(self, blended: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]]:
         if self.memory is not None and self.memory.rule_first:

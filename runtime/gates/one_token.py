@@ -9,8 +9,10 @@ bundle's own frozen gate over the blended logits. The equations are those of run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from ..compressed import CompressedMemory, Memory
 from ..engines.base import Engine, Run
 from ..engines.onnx_bytes import FLOAT, NodeList, Tensor, graph_bytes
 from ..engines.onnxruntime import OrtEngine
-from .base import GateBuffers, GateTrace
+from .base import GateBuffers, GateTrace, Lap, unwatched
 from .gather import append_code_steps, append_values, key_inputs, value_inputs
 from .onnx import OnnxGate
 from .scan import int8_is_cut_off, int8_scores, projected_scores
@@ -49,12 +51,16 @@ class OneTokenGate:
         inputs: Of the engine beside what comes from the segment: the memory.
         frozen: The engine of the bundle's gate graph without a memory: the routing rule.
         selection_bias: [E], of this gate, where the rule has one.
+        make: Makes the engine once more; `profile` is as `OrtEngine` takes it.
+        entries: N, by which what is done to every entry is known.
     """
 
     engine: Engine
     inputs: Mapping[str, NDArray[Any]]
     frozen: Engine
-    selection_bias: NDArray[np.float32] | None = None
+    selection_bias: NDArray[np.float32] | None
+    make: Callable[..., OrtEngine]
+    entries: int
 
     @staticmethod
     def over(
@@ -65,11 +71,16 @@ class OneTokenGate:
     ) -> OneTokenGate:
         """The gate of one memory that it `serves`, for R candidates."""
         inputs = _memory_inputs(memory)
-        engine = one_token_engine(memory, inputs, candidates, threads=frozen.threads)
-        return OneTokenGate(engine, inputs, frozen, selection_bias)
+        make = partial(one_token_engine, memory, inputs, candidates, threads=frozen.threads)
+        return OneTokenGate(make(), inputs, frozen, selection_bias, make, len(memory.values))
 
-    def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
-        """As `Gate.bind`, for buffers of one token, which must be a real one whenever it runs."""
+    def bind(
+        self, buffers: GateBuffers, trace: GateTrace | None = None, lap: Lap = unwatched
+    ) -> Run:
+        """As `Gate.bind`, for buffers of one token, which must be a real one whenever it runs.
+
+        `lap` is told when the stages `retrieve` and `rule` are done.
+        """
         blended = np.zeros_like(buffers.router_logits)
         inputs = {
             "router_input": buffers.router_input,
@@ -93,7 +104,9 @@ class OneTokenGate:
 
         def run() -> None:
             retrieve()
+            lap("retrieve")
             route()
+            lap("rule")
 
         return run
 
@@ -119,6 +132,7 @@ def one_token_engine(
     candidates: int,
     *,
     threads: int | None = None,
+    profile: Path | None = None,
 ) -> OrtEngine:
     """Retrieval and blend of one token: inputs as `OneTokenGate.bind` names them."""
     g = NodeList()
@@ -164,7 +178,7 @@ def one_token_engine(
         weights,
     )
     precise = not compressed and int8_is_cut_off()
-    return OrtEngine(graph, threads=threads, weights=weights, precise_int8=precise)
+    return OrtEngine(graph, threads=threads, weights=weights, precise_int8=precise, profile=profile)
 
 
 def _queries(g: NodeList, rbf: bool) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..blend import GateMemory
 from ..compressed import Memory
-from ..engines.base import Array, Engine, Run
+from ..engines.base import Array, BoundEngine, Engine, Run
 from ..stored_values import dense
 from .base import GateBuffers, GateTrace
 
@@ -73,6 +73,11 @@ class OnnxGate:
 
     def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
         """See `Gate.bind`."""
+        bound = self.bound(buffers, trace)
+        return self.engine.bind(bound.inputs, bound.outputs)
+
+    def bound(self, buffers: GateBuffers, trace: GateTrace | None = None) -> BoundEngine:
+        """The inputs and outputs of the graph."""
         inputs: dict[str, NDArray[Any]] = {
             "router_input": buffers.router_input,
             "router_logits": buffers.router_logits,
@@ -84,7 +89,7 @@ class OnnxGate:
             "expert_weights": buffers.expert_weights,
         }
         if not self.inputs:
-            return self.engine.bind(inputs, outputs)
+            return BoundEngine(self.engine, inputs, outputs)
         inputs |= {"state": buffers.state, "lengths": buffers.lengths, **self.inputs}
         outputs["state_out"] = buffers.state_out
         if trace is not None:
@@ -93,4 +98,4 @@ class OnnxGate:
                 "neighbors": trace.neighbors,
                 "similarities": trace.similarities,
             }
-        return self.engine.bind(inputs, outputs)
+        return BoundEngine(self.engine, inputs, outputs)

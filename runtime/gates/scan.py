@@ -23,6 +23,7 @@ from ..engines.onnxruntime import OrtEngine
 from ..projection import block_size
 from ..stored_values import dense
 from ..two_stage import quantize_keys
+from .base import Lap, unwatched
 from .gather import append_keys, append_values, key_inputs, value_inputs
 
 _QUANTIZED_AT_ONCE = 1 << 22  # elements
@@ -63,8 +64,19 @@ class Scan(Protocol):
     def candidates(self) -> int:
         """R, at most N."""
 
-    def bind(self, x: NDArray[np.float32], found: Candidates) -> Run:
-        """Fix router inputs [T, D] and buffers, and return what fills these."""
+    @property
+    def width(self) -> int:
+        """Numbers of a key that are scanned."""
+
+    @property
+    def bits(self) -> int:
+        """Of such a number."""
+
+    def bind(self, x: NDArray[np.float32], found: Candidates, lap: Lap = unwatched) -> Run:
+        """Fix router inputs [T, D] and buffers, and return what fills these.
+
+        `lap` is told when the stage `scan` is done; what follows is gathering.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,14 @@ class Int8Scan:
     memory: GateMemory
     candidates: int
 
-    def bind(self, x: NDArray[np.float32], found: Candidates) -> Run:
+    bits = 8
+
+    @property
+    def width(self) -> int:
+        """See `Scan.width`."""
+        return int(self.memory.keys.shape[1])
+
+    def bind(self, x: NDArray[np.float32], found: Candidates, lap: Lap = unwatched) -> Run:
         """See `Scan.bind`."""
         scan = self.engine.bind({"router_input": x}, {"candidates": found.entries})
         memory, entries = self.memory, found.entries
@@ -89,6 +108,7 @@ class Int8Scan:
 
         def run() -> None:
             scan()
+            lap("scan")
             for source, target in (
                 (memory.keys, found.keys),
                 (memory.key_scales, found.key_scales),
@@ -107,11 +127,15 @@ class ProjectedScan:
         engine: `projected_scan_engine` of the memory.
         inputs: Of the engine beside the router inputs: what candidates are gathered from.
         candidates: R.
+        width: Dimensions of the projection.
+        bits: Of a projected number.
     """
 
     engine: Engine
     inputs: Mapping[str, NDArray[Any]]
     candidates: int
+    width: int
+    bits: int
 
     @staticmethod
     def over(
@@ -125,17 +149,23 @@ class ProjectedScan:
             **value_inputs(memory.values),
         }
         engine = projected_scan_engine(memory, inputs, candidates, threads=threads)
-        return ProjectedScan(engine, inputs, candidates)
+        return ProjectedScan(engine, inputs, candidates, memory.scan.width, memory.scan.bits)
 
-    def bind(self, x: NDArray[np.float32], found: Candidates) -> Run:
-        """See `Scan.bind`."""
+    def bind(self, x: NDArray[np.float32], found: Candidates, lap: Lap = unwatched) -> Run:
+        """See `Scan.bind`: the graph gathers too, so all of it is `scan`."""
         outputs = {
             "candidates": found.entries,
             "candidate_keys": found.keys,
             "candidate_scales": found.key_scales,
             "candidate_values": found.values,
         }
-        return self.engine.bind({"router_input": x, **self.inputs}, outputs)
+        scan = self.engine.bind({"router_input": x, **self.inputs}, outputs)
+
+        def run() -> None:
+            scan()
+            lap("scan")
+
+        return run
 
 
 def projected_scan_engine(

@@ -123,15 +123,23 @@ class TwoStageGate(NumpyGate):
         """See `Gate.neighbors`."""
         return min(self.memory.k, self.candidates)
 
+    def searches_exactly(self, tokens: int) -> bool:
+        """Whether calls of that many tokens score all entries."""
+        return tokens > 1 and not self.many
+
+    def exact(self) -> OnnxGate:
+        """The gate that scores all entries."""
+        return OnnxGate.over(self.gate, self.memory, self.selection_bias)
+
     def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
         """See `Gate.bind`."""
+        if self.searches_exactly(len(buffers.router_input)):
+            return self.exact().bind(buffers, trace)
         if len(buffers.router_input) > 1:
-            if self.many:
-                return super().bind(buffers, trace)
-            return OnnxGate.over(self.gate, self.memory, self.selection_bias).bind(buffers, trace)
+            return super().bind(buffers, trace)
         if self.one_token is None:
             return self._bind_one(buffers, trace)
-        alone, lengths = self.one_token.bind(buffers, trace), buffers.lengths
+        alone, lengths = self.one_token.bind(buffers, trace, self.lap), buffers.lengths
 
         @cache
         def padded() -> Run:
@@ -148,7 +156,7 @@ class TwoStageGate(NumpyGate):
     def _bind_one(self, buffers: GateBuffers, trace: GateTrace | None) -> Run:
         """One token by the bundle's own gate graph over its candidates."""
         found = self._buffers(1)
-        scan = self.scan.bind(buffers.router_input, found)
+        scan = self.scan.bind(buffers.router_input, found, self.lap)
         among = replace(
             self.memory,
             keys=found.keys[0],
@@ -163,7 +171,9 @@ class TwoStageGate(NumpyGate):
         def run() -> None:
             scan()
             evidence.take(entries, out=among.evidence_weights, mode="clip")
+            self.lap("gather")
             gate()
+            self.lap("blend")
             if trace is not None:
                 trace.neighbors[...] = entries[trace.neighbors]
 
@@ -177,7 +187,8 @@ class TwoStageGate(NumpyGate):
         for start in range(0, len(x), AT_ONCE):
             piece = x[start : start + AT_ONCE]
             found = self._buffers(len(piece))
-            self.scan.bind(piece, found)()
+            self.scan.bind(piece, found, self.lap)()
+            self.lap("gather")
             queries = prepare_queries(piece, memory)
             # Capacity may hold anything, NaN and infinities too.
             with np.errstate(invalid="ignore", over="ignore"):
@@ -186,6 +197,7 @@ class TwoStageGate(NumpyGate):
                 products *= found.key_scales[:, :, 0]
             norms = found.key_scales[:, :, 1].astype(self.dtype)
             parts.append(rank_products(found.entries, products, norms, queries, memory))
+            self.lap("select")
         neighbors, similarities, exist = (np.concatenate(p) for p in zip(*parts, strict=True))
         return neighbors, similarities, exist
 

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
+from .sensors import limits
 
-PACKAGES = ("numpy", "onnxruntime", "tokenizers", "faiss-cpu")
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "faiss-cpu", "cupy-cuda13x")
 
 
 def environment() -> dict[str, Any]:
-    """CPU model, cores, operating system, versions and the date (UTC), ready for JSON."""
+    """CPU model, cores, limits, operating system, versions and the date (UTC), ready for JSON."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
-        "cores_usable": _usable_cores(),
+        "cores_usable": usable_cores(),
+        **limits(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "knnmoe": __version__,
         **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "onnxruntime_providers": _providers(),
     }
 
 
@@ -42,10 +45,18 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
     """Cores that this process may run on, where the system tells."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count()
+
+
+def _providers() -> list[str]:
+    """What the installed ONNX Runtime could run graphs on."""
+    import onnxruntime
+
+    providers: list[str] = onnxruntime.get_available_providers()
+    return providers
 
 
 def _version(package: str) -> str | None:

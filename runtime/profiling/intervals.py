@@ -24,7 +24,7 @@ def interval(
     rounds: Sequence[int],
     *,
     statistic: float = 50.0,
-    draws: int = 1000,
+    draws: int = 500,
     seed: int = 0,
 ) -> tuple[float, float]:
     """95 % interval of a percentile of samples, by drawing whole rounds (cluster bootstrap).

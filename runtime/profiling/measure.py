@@ -1,12 +1,13 @@
-"""Timing steps of a model with its memory against the frozen model, turn by turn.
+"""Timing steps of many points turn by turn.
 
-Both run the same tokens in the same process, one step each in turn, so that whatever else the
-machine does hits both alike.
+A point is a pipeline and a shape of step. All points are in one process, and every round visits
+each of them for a few steps, in an order drawn anew, so that whatever else the machine does, and
+however it grows slower or faster, hits all alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import Any, Protocol
@@ -14,199 +15,225 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SettingError
+from ..layouts import StepTimes
 from ..session import Steps
+from .plan import Shape, rounds, shapes
+from .record import RUNTIME, Bound, Grid, Part, PartKind, Point, Samples
 
-DEFAULT_CONTEXT = 128
-DEFAULT_PROMPTS = (32, 128)
-FUSED = "fused"  # the one part of a step in the fused layout
-DISTURBED = 1.5
+PREFILL_WARMUP = 2  # of a long step one is enough, of a captured one two
+CAPTURE_WARMUP = 2  # the second run captures
+SHAPES_A_CACHE = 5  # fewer than a pipeline remembers
+KINDS: Mapping[str, PartKind] = {
+    "segment": "segment",
+    "gate": "gate",
+    "fused": "fused",
+    "graph": "fused",
+}
 
-Milliseconds = list[float]
+Clock = Callable[[], int]
 Tick = Callable[[], None]
 
 
 class TimedSteps(Steps, Protocol):
     """What profiling asks of a pipeline, whose caches' `lengths` [B] can be set back."""
 
-    def timed_step(self, cache: Any, input_ids: NDArray[np.int64]) -> dict[str, float]:
-        """A step that returns the milliseconds of each part by name, in order."""
+    def timed_step(self, cache: Any, input_ids: NDArray[np.int64]) -> StepTimes:
+        """A step that returns the milliseconds of its parts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A pipeline to measure, and how its points are told apart.
+
+    Attributes:
+        pipeline: Runs the steps.
+        layout: `split` or `fused`.
+        memory_entries: A gate's; 0 is the frozen router.
+        cuda_graph: As `Point` has it.
+    """
+
+    pipeline: TimedSteps
+    layout: str
+    memory_entries: int
+    cuda_graph: bool | None = None
 
 
 @dataclass(frozen=True)
-class ProfileSettings:
-    """What to measure.
+class Step:
+    """One step that counts: its round, the whole of it and its parts in milliseconds."""
 
-    Attributes:
-        context: Tokens already in the cache at each decode step.
-        prompts: Prompt lengths to measure prefill at.
-        steps: Decode steps measured.
-        prefills: Prefills measured at each prompt length.
-        warmup: Steps before the first that counts, at each shape.
-        seed: Of the random tokens that are run.
-    """
+    round: int
+    whole: float
+    times: StepTimes
 
-    context: int
-    prompts: tuple[int, ...]
-    steps: int = 100
-    prefills: int = 10
-    warmup: int = 5
-    seed: int = 0
 
-    @staticmethod
-    def fitting(
-        max_positions: int,
+@dataclass(frozen=True, eq=False)
+class PointSteps:
+    """The steps of one point so far; a `Bench` appends to them, one at a time."""
+
+    target: Target
+    shape: Shape
+    steps: list[Step] = field(default_factory=list)
+
+    def point(
+        self,
         *,
-        context: int | None = None,
-        prompts: tuple[int, ...] = (),
-        **counts: int,
-    ) -> ProfileSettings:
-        """Settings for a model of that many positions; what is not given is made to fit.
-
-        Raises:
-            SettingError: If what is given is out of its range.
-        """
-        largest = max_positions - 1  # a decode step takes one position more
-        settings = ProfileSettings(
-            context=min(DEFAULT_CONTEXT, largest) if context is None else context,
-            prompts=prompts or tuple(sorted({min(n, max_positions) for n in DEFAULT_PROMPTS})),
-            **counts,
+        inside: Mapping[str, Mapping[str, Samples]] | None = None,
+        bounds: Mapping[str, Bound] | None = None,
+        backends: Mapping[str, str] | None = None,
+    ) -> Point:
+        """The point of a record; the arguments are by the names of the parts."""
+        inside, bounds, backends = inside or {}, bounds or {}, backends or {}
+        shape, target, steps = self.shape, self.target, self.steps
+        whole = tuple(round(step.whole, 6) for step in steps)
+        parts = []
+        for name in steps[0].times.host if steps else ():
+            device = steps[0].times.device is not None
+            parts.append(
+                Part(
+                    name=name,
+                    kind=part_kind(name),
+                    host_ms=tuple(round(step.times.host[name], 6) for step in steps),
+                    device_ms=_device_ms(steps, name) if device else None,
+                    inside=inside.get(name, {}),
+                    bound=bounds.get(name),
+                    backend=backends.get(name),
+                )
+            )
+        if parts:
+            rest = np.array(whole) - np.sum([part.ms for part in parts], axis=0)
+            parts.append(Part(RUNTIME, "runtime", tuple(np.round(rest, 6).tolist())))
+        return Point(
+            phase=shape.phase,
+            layout=target.layout,
+            batch=shape.batch,
+            tokens=shape.tokens,
+            past=shape.past,
+            memory_entries=target.memory_entries,
+            cuda_graph=target.cuda_graph if shape.phase == "decode" else _not_captured(target),
+            whole_ms=whole,
+            rounds=tuple(step.round for step in steps),
+            parts=tuple(parts),
         )
-        _check("context", settings.context, 1, largest)
-        for length in settings.prompts:
-            _check("prompt length", length, 1, max_positions)
-        for name in ("steps", "prefills"):
-            _check(name, getattr(settings, name), 1, 1_000_000)
-        _check("warmup", settings.warmup, 0, 1_000_000)
-        return settings
-
-    @property
-    def ticks(self) -> int:
-        """How often `measure` reports progress."""
-        return self.warmup + self.steps + len(self.prompts) * (self.warmup + self.prefills)
 
 
-def _check(name: str, number: int, low: int, high: int) -> None:
-    if not low <= number <= high:
-        raise SettingError(name, "out of range", expected=f"{low} to {high}", found=number)
+def part_kind(name: str) -> PartKind:
+    """What a part of that name is."""
+    return KINDS.get(name.split()[0], "transfer")
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Milliseconds of one kind of step of one model, one entry a step.
+def _not_captured(target: Target) -> bool | None:
+    """Prompts are never captured."""
+    return None if target.cuda_graph is None else False
 
-    Attributes:
-        whole: The step as a caller sees it, with what the pipeline does around its parts.
-        parts: Of the same steps, by name, in the order they run.
+
+def _device_ms(steps: Sequence[Step], name: str) -> Samples:
+    return tuple(round((step.times.device or {}).get(name, 0.0), 6) for step in steps)
+
+
+def points_of(targets: Sequence[Target], grid: Grid) -> tuple[PointSteps, ...]:
+    """The points of a measurement, without steps yet: each shape with all targets.
+
+    Prompts are never captured in a graph, so a target that captures has decode steps alone where
+    the same stands beside it without.
     """
-
-    whole: Milliseconds = field(default_factory=list)
-    parts: dict[str, Milliseconds] = field(default_factory=dict)
-
-    def typical(self, prefix: str = "") -> float:
-        """Sum of the medians of the parts whose names begin so.
-
-        Unlike the median of whole steps it hardly moves when a busy machine makes every step wait
-        once, but each time in another part.
-        """
-        times = [times for name, times in self.parts.items() if name.startswith(prefix)]
-        return sum(float(np.median(each)) for each in times)
+    launched = {(t.layout, t.memory_entries) for t in targets if t.cuda_graph is False}
+    return tuple(
+        PointSteps(target, shape)
+        for shape in shapes(grid)
+        for target in targets
+        if shape.phase == "decode"
+        or not target.cuda_graph
+        or (target.layout, target.memory_entries) not in launched
+    )
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Steps of one shape: of the model as loaded, and of the frozen model if that is another."""
-
-    tokens: int  # of a step: 1 for decoding, the prompt length for prefill
-    past: int  # tokens in the cache before it
-    loaded: Samples
-    frozen: Samples | None
-
-    @property
-    def gate_share(self) -> float:
-        """Share of a step that retrieval takes: what the gates take beyond routing alone.
-
-        (gates with the memory - gates frozen) / all parts with the memory, sums of medians. In the
-        fused layout, where gates cannot be seen and the frozen model is the same graph over an
-        empty memory, the numerator is that of all parts. 0 without a memory.
-        """
-        if self.frozen is None:
-            return 0.0
-        kind = "" if FUSED in self.loaded.parts else "gate "
-        added = self.loaded.typical(kind) - self.frozen.typical(kind)
-        return added / self.loaded.typical()
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether whole steps took much longer than their parts typically do: a busy machine."""
-        return float(np.median(self.loaded.whole)) > DISTURBED * self.loaded.typical()
+def ticks(points: Sequence[PointSteps], grid: Grid) -> int:
+    """How often `Bench.measure` reports progress."""
+    visited = [shape for each in rounds(grid) for shape, _ in each]
+    return len(points) + sum(visited.count(point.shape) for point in points)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """All that was measured."""
-
-    settings: ProfileSettings
-    decode: Measured
-    prefill: tuple[Measured, ...]
-
-
-def measure(
-    loaded: TimedSteps,
-    frozen: TimedSteps | None,
-    settings: ProfileSettings,
-    tick: Tick = lambda: None,
-) -> Profile:
-    """Time decode steps and prefills.
+class Bench:
+    """The caches of the points, and the steps over them.
 
     Args:
-        loaded: The model as the user runs it.
-        frozen: The same without its memory, or None if it has none.
-        settings: What to measure.
-        tick: Called after each round of steps.
+        points: Of `points_of`; `measure` fills their `steps`.
+        grid: What to measure.
+        clock: Nanoseconds.
     """
-    pipelines = {"loaded": loaded} | ({"frozen": frozen} if frozen is not None else {})
-    decode = _measure(pipelines, 1, settings.context, settings.steps, settings, tick)
-    prefill = tuple(
-        _measure(pipelines, length, 0, settings.prefills, settings, tick)
-        for length in settings.prompts
-    )
-    return Profile(settings, decode, prefill)
+
+    def __init__(
+        self, points: Sequence[PointSteps], grid: Grid, clock: Clock = perf_counter_ns
+    ) -> None:
+        self.points, self._grid, self._clock = points, grid, clock
+        self._shapes = shapes(grid)
+        self._caches: dict[tuple[int, Shape], Any] = {}
+        for target in dict.fromkeys(point.target for point in points):
+            mine = [point.shape for point in points if point.target is target]
+            for batch in grid.batches:
+                same = [shape for shape in mine if shape.batch == batch]
+                decode = [shape for shape in same if shape.phase == "decode"]
+                prefill = [shape for shape in same if shape.phase == "prefill"]
+                for group in filter(None, [decode, *_pieces(prefill, SHAPES_A_CACHE)]):
+                    self._share(target, group)
+
+    def measure(self, tick: Tick = lambda: None) -> None:
+        """Time the steps of all points; an interrupt leaves what was measured until then.
+
+        Args:
+            tick: Called after each visit to a point, and after its warm-up.
+        """
+        grid, order = self._grid, np.random.default_rng(self._grid.seed)
+        for point in self.points:
+            for index in range(_warmup(point, grid)):
+                self._step(point, -1 - index, 0)
+            tick()
+        for number, planned in enumerate(rounds(grid)):
+            counts = dict(planned)
+            here = [point for point in self.points if point.shape in counts]
+            for index in order.permutation(len(here)):
+                point = here[index]
+                if point.shape.phase == "decode" and len(self.points) > 1:
+                    self._step(point, number, -1)  # the others left the caches full of theirs
+                for step in range(counts[point.shape]):
+                    point.steps.append(self._step(point, number, step))
+                tick()
+
+    def cache(self, point: PointSteps) -> Any:
+        """The cache that the point's steps run over; several points share it."""
+        return self._caches[id(point.target), point.shape]
+
+    def _share(self, target: Target, group: Sequence[Shape]) -> None:
+        """One cache for some shapes of a batch, filled as far as the longest context."""
+        past = max(shape.past for shape in group)
+        room = max(shape.past + shape.tokens for shape in group)
+        cache = target.pipeline.new_cache(group[0].batch, room)
+        if past:
+            random = np.random.default_rng(self._grid.seed)
+            ids = random.integers(target.pipeline.vocab_size, size=(group[0].batch, past))
+            target.pipeline.step(cache, ids)
+        for shape in group:
+            self._caches[id(target), shape] = cache
+
+    def _step(self, point: PointSteps, number: int, step: int) -> Step:
+        """Run a step and time it; its tokens depend on the shape, the round and the step alone."""
+        pipeline, shape, cache = point.target.pipeline, point.shape, self.cache(point)
+        which = (self._grid.seed, self._shapes.index(shape), number + (1 << 20), step + 1)
+        ids = np.random.default_rng(which).integers(
+            pipeline.vocab_size, size=(shape.batch, shape.tokens)
+        )
+        cache.lengths[:] = shape.past
+        start = self._clock()
+        times = pipeline.timed_step(cache, ids)
+        return Step(number, (self._clock() - start) / 1e6, times)
 
 
-def _measure(
-    pipelines: Mapping[str, TimedSteps],
-    tokens: int,
-    past: int,
-    rounds: int,
-    settings: ProfileSettings,
-    tick: Tick,
-) -> Measured:
-    random = np.random.default_rng(settings.seed)
-    caches = {name: p.new_cache(1, past + tokens) for name, p in pipelines.items()}
-    vocab_size = next(iter(pipelines.values())).vocab_size
-    if past:
-        ids = random.integers(vocab_size, size=(1, past))
-        for name, pipeline in pipelines.items():
-            pipeline.step(caches[name], ids)
-    samples = {name: Samples() for name in pipelines}
-    order = list(pipelines)
-    for index in range(settings.warmup + rounds):
-        ids = random.integers(vocab_size, size=(1, tokens))
-        for name in order:
-            kept = samples[name] if index >= settings.warmup else Samples()
-            _time_step(pipelines[name], caches[name], past, ids, kept)
-        order.reverse()  # neither always follows the other
-        tick()
-    return Measured(tokens, past, samples["loaded"], samples.get("frozen"))
+def _warmup(point: PointSteps, grid: Grid) -> int:
+    if point.shape.phase == "prefill":
+        return min(grid.warmup, PREFILL_WARMUP)
+    return max(grid.warmup, CAPTURE_WARMUP) if point.target.cuda_graph else grid.warmup
 
 
-def _time_step(
-    pipeline: TimedSteps, cache: Any, past: int, ids: NDArray[np.int64], samples: Samples
-) -> None:
-    cache.lengths[:] = past
-    start = perf_counter_ns()
-    parts = pipeline.timed_step(cache, ids)
-    samples.whole.append((perf_counter_ns() - start) / 1e6)
-    for name, milliseconds in parts.items():
-        samples.parts.setdefault(name, []).append(milliseconds)
+def _pieces(items: Sequence[Shape], size: int) -> list[Sequence[Shape]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,135 +1,231 @@
-"""A profile as JSON for scripts and as tables for people."""
+"""A profile record as tables that a person reads in ten seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from .measure import Measured, Profile, Samples
+from ..atomic import readable_size
+from .figures import frozen_twin, gate_share, summed, typical_ms
+from .intervals import interval, median, percentiles
+from .record import Bound, Part, Point, ProfileRecord, Samples
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA = "knnmoe.profile/1"
-DISTURBED_NOTE = (
-    "Whole steps took much longer than their parts typically do: other programs had the cores. "
-    "Measure again on a quiet machine."
-)
+MOST_ROWS = 12  # parts of a step that are shown one by one unless all are asked for
+STAGES = ("prepare", "scan", "select", "gather", "blend", "rule")
 
 
-def percentiles(milliseconds: ArrayLike) -> dict[str, float]:
-    """Median and tail of a list of times: p50, p90, p99."""
-    p50, p90, p99 = np.percentile(np.asarray(milliseconds), [50, 90, 99]).tolist()
-    return {"p50": p50, "p90": p90, "p99": p99}
+def print_record(record: ProfileRecord, console: Console, *, every_part: bool = False) -> None:
+    """Print the parts of a decode step, a line a point, the account, and what to doubt."""
+    points = [point for point in record.points if point.whole_ms]
+    for point in _explained(points):
+        console.print(_parts_table(point, frozen_twin(point, points), every_part))
+    if points:
+        console.print(_fitting(points, console))
+    for line in _lines(record, points):
+        console.print(line, soft_wrap=False)
+    for warning in record.warnings:
+        console.print(warning, style="yellow")
 
 
-def to_json(profile: Profile) -> dict[str, Any]:
-    """The figures by name, times in milliseconds.
-
-    The top level speaks of decode steps of the model as loaded; `frozen` says the same of the model
-    without its memory (null if it has none), `prefill` holds one such object a prompt length.
-    """
-    decode = profile.decode
-    return {
-        "schema": SCHEMA,
-        "context": decode.past,
-        **_step_json("decode", decode.loaded),
-        "tokens_per_s": _rate(decode),
-        "gate_share": decode.gate_share,
-        "disturbed": decode.disturbed,
-        "frozen": _frozen_json("decode", decode),
-        "prefill": [
-            {
-                "prompt": measured.tokens,
-                **_step_json("first_token", measured.loaded),
-                "tokens_per_s": _rate(measured),
-                "gate_share": measured.gate_share,
-                "frozen": _frozen_json("first_token", measured),
-            }
-            for measured in profile.prefill
-        ],
-        "steps": profile.settings.steps,
-        "prefills": profile.settings.prefills,
-        "warmup": profile.settings.warmup,
-    }
+def _explained(points: Sequence[Point]) -> Iterator[Point]:
+    """The points whose parts are shown: the first decode step of each layout, else a prefill."""
+    shown: set[tuple[str, bool | None]] = set()
+    for point in sorted(points, key=lambda p: p.phase != "decode"):
+        way = (point.layout, point.cuda_graph)
+        if way not in shown and (len(point.parts) > 2 or point.layout == "fused"):
+            shown.add(way)
+            yield point
 
 
-def _rate(measured: Measured) -> float:
-    """Tokens a second at the median step."""
-    return 1e3 * measured.tokens / float(np.median(measured.loaded.whole))
-
-
-def _frozen_json(name: str, measured: Measured) -> dict[str, Any] | None:
-    return None if measured.frozen is None else _step_json(name, measured.frozen)
-
-
-def _step_json(name: str, samples: Samples) -> dict[str, Any]:
-    parts = {part: percentiles(times) for part, times in samples.parts.items()}
-    return {
-        **{f"{name}_ms_{key}": value for key, value in percentiles(samples.whole).items()},
-        "parts": {part: times["p50"] for part, times in parts.items()},
-        "parts_p90": {part: times["p90"] for part, times in parts.items()},
-        "parts_p99": {part: times["p99"] for part, times in parts.items()},
-    }
-
-
-def print_profile(profile: Profile, console: Console) -> None:
-    """Print the parts of a decode step, then one line a measured shape."""
-    console.print(_parts_table(profile.decode))
-    console.print(_summary_table(profile))
-    if any(measured.disturbed for measured in (profile.decode, *profile.prefill)):
-        console.print(DISTURBED_NOTE, style="yellow")
-
-
-def _parts_table(decode: Measured) -> Table:
+def _parts_table(point: Point, frozen: Point | None, every_part: bool) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"Where a decode step goes, ms (context {decode.past})", title_justify="left"
-    )
-    table.add_column("part")
-    for name in ("p50", "p90", "p99"):
-        table.add_column(name, justify="right")
-    if decode.frozen is not None:
-        table.add_column("frozen p50", justify="right")
-    table.add_column("share", justify="right")
-    total = decode.loaded.typical()
-    for name, times in decode.loaded.parts.items():
-        cells = [f"{value:.3f}" for value in percentiles(times).values()]
-        if decode.frozen is not None:
-            cells.append(f"{np.median(decode.frozen.parts[name]):.3f}")
-        table.add_row(
-            name,
-            *cells,
-            f"{np.median(times) / total:.1%}",
-            style="cyan" if name.startswith("gate") else None,
-        )
+    title = f"Where a step goes, ms ({_step_name(point)}, {_way(point)})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("part", no_wrap=True)
+    names = ("p50", "95 %", "p90", "p99", "share", "x bound")
+    for name in names if frozen is None else (*names, "frozen"):
+        table.add_column(name, justify="right", no_wrap=True)
+    total = sum(median(part.ms) for part in point.parts)
+    rows = _rows(point, every_part)
+    others = {} if frozen is None else {part.name: part for part in _rows(frozen, every_part)}
+
+    def add(part: Part, twin: Part | None, taken: Sequence[Part] = ()) -> None:
+        cells = _figures(part.ms, point.rounds)
+        share = sum(median(each.ms) for each in taken or (part,)) / total
+        cells += [f"{share:.0%}", _times_bound(median(part.ms), part.bound)]
+        if frozen is not None:
+            cells.append(_ms(median(twin.ms)) if twin else "")
+        table.add_row(part.name, *cells, style="cyan" if part.kind == "gate" else None)
+
+    for part in rows:
+        add(part, others.get(part.name), _taken(part, point))
+    for kind in dict.fromkeys(part.kind for part in point.parts if part.inside):
+        same = [part for part in point.parts if part.kind == kind]
+        whole = same[0] if len(same) == 1 else summed(f"{len(same)} {kind}s", same)
+        table.add_section()
+        if whole.name not in [part.name for part in rows]:
+            twins = [] if frozen is None else [p for p in frozen.parts if p.kind == kind]
+            add(whole, summed(whole.name, twins) if twins else None, same)
+        for stage in sorted(whole.inside, key=_stage_order):
+            table.add_row(f"  {stage}", _ms(median(whole.inside[stage])), style="dim")
+    table.add_section()
+    figures = _figures(point.whole_ms, point.rounds)
+    least = point.bound_ms
+    share = "" if least is None else _ratio(median(point.whole_ms) / least)
+    last = [] if frozen is None else [_ms(median(frozen.whole_ms))]
+    table.add_row("whole step", *figures, "", share, *last, style="bold")
     return table
 
 
-def _summary_table(profile: Profile) -> Table:
+def _taken(row: Part, point: Point) -> list[Part]:
+    """The parts that a row stands for."""
+    if row.name in [part.name for part in point.parts]:
+        return [row]
+    return [part for part in point.parts if part.kind == row.kind]
+
+
+def _rows(point: Point, every_part: bool) -> list[Part]:
+    if every_part or len(point.parts) <= MOST_ROWS:
+        return list(point.parts)
+    rows = []
+    for kind in dict.fromkeys(part.kind for part in point.parts):
+        same = [part for part in point.parts if part.kind == kind]
+        rows.append(same[0] if len(same) == 1 else summed(f"{len(same)} {kind}s", same))
+    return rows
+
+
+def _fitting(points: Sequence[Point], console: Console) -> Table:
+    """The table of points, on a narrow terminal without its least important columns."""
+    from rich.measure import Measurement
+
+    left_out: tuple[str, ...] = ()
+    for name in ("", "p90", "max", "95 %", "tok/s"):
+        left_out += (name,)
+        table = _points_table(points, left_out)
+        endless = console.options.update(width=1000)
+        if Measurement.get(console, endless, table).maximum <= console.width:
+            break
+    return table
+
+
+def _points_table(points: Sequence[Point], left_out: Sequence[str]) -> Table:
     from rich.table import Table
 
     table = Table(title="Whole steps, ms", title_justify="left")
-    table.add_column("step")
-    for name in ("p50", "p90", "p99", "tokens/s", "frozen p50", "retrieval"):
-        table.add_column(name, justify="right")
-    table.add_row("decode", *_summary(profile.decode))
-    for measured in profile.prefill:
-        table.add_row(f"first token, prompt of {measured.tokens}", *_summary(measured))
+    table.add_column("step", no_wrap=True)
+    several = len({_way(point) for point in points}) > 1
+    memory = any(point.memory_entries for point in points)
+    if several:
+        table.add_column("layout", no_wrap=True)
+    if memory:
+        table.add_column("entries", justify="right", no_wrap=True)
+    names = [n for n in ("p50", "95 %", "p90", "p99", "max", "tok/s") if n not in left_out]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    if memory:
+        table.add_column("gates +", justify="right", no_wrap=True)
+    last: tuple[str, str] | None = None
+    for point in points:
+        group = (_step_name(point), _way(point))
+        name = group[0] if last is None or last[0] != group[0] else ""
+        if last is not None and name:
+            table.add_section()
+        last = group
+        cells = [name]
+        if several:
+            cells.append(_way(point))
+        if memory:
+            cells.append(f"{point.memory_entries:,}" if point.memory_entries else "frozen")
+        found = dict(
+            zip(("p50", "95 %", "p90", "p99"), _figures(point.whole_ms, point.rounds), strict=True)
+        )
+        found["max"], found["tok/s"] = _ms(max(point.whole_ms)), _rate(point.tokens_per_s)
+        cells += [found[name] for name in names]
+        if memory:
+            twin = frozen_twin(point, points)
+            cells.append("" if twin is None else f"{gate_share(point, twin):.0%}")
+        table.add_row(*cells)
     return table
 
 
-def _summary(measured: Measured) -> Iterator[str]:
-    for value in percentiles(measured.loaded.whole).values():
-        yield f"{value:.2f}"
-    yield f"{_rate(measured):,.1f}"
-    if measured.frozen is None:
-        yield from ("–", "–")
-        return
-    yield f"{np.median(measured.frozen.whole):.2f}"
-    yield f"{measured.gate_share:.1%}"
+def _lines(record: ProfileRecord, points: Sequence[Point]) -> Iterator[str]:
+    for phase, words in (("prefill", "Time to first token"), ("decode", "Between two tokens")):
+        alone = [p for p in points if p.phase == phase and p.batch == 1]
+        if alone:
+            first = alone[0]
+            where = f"{_step_name(first)}, {_entries(first)}"
+            yield f"{words}: {_ms(median(first.whole_ms))} ms ({where})."
+    loaded = [(p, t) for p in points if (t := frozen_twin(p, points)) and p.phase == "decode"]
+    if loaded:
+        point, twin = loaded[0]
+        added = typical_ms(point) - typical_ms(twin)
+        yield f"The memory adds {_ms(added)} ms to a frozen step of {_ms(typical_ms(twin))} ms."
+    held = record.resident
+    named = {
+        "weights": held.weights, "cache": held.kv_cache, "memory": held.retrieval_memory,
+        "workspace": held.workspace, "peak": held.peak_rss, "device": held.device,
+    }  # fmt: skip
+    sizes = [f"{name} {readable_size(size)}" for name, size in named.items() if size is not None]
+    yield "Bytes: " + ", ".join(sizes) + "."
+    machine = record.machine_bounds
+    if machine is not None:
+        fast, slow = machine.reads[0].gb_s, machine.reads[-1].gb_s
+        reads = f"{slow:.0f}" if len(machine.reads) == 1 else f"{slow:.0f} (in cache {fast:.0f})"
+        yield (
+            f"Bound by: reading {reads} GB/s, products {machine.gemm_gflop_s:,.0f} GFLOP/s, "
+            f"measured on {machine.threads} thread{'s' if machine.threads > 1 else ''}."
+        )
+
+
+def _step_name(point: Point) -> str:
+    batch = f" x{point.batch}" if point.batch > 1 else ""
+    if point.phase == "prefill":
+        return f"prompt of {point.tokens}{batch}"
+    return f"decode after {point.past}{batch}"
+
+
+def _way(point: Point) -> str:
+    graph = {None: "", True: ", graph", False: ", launched"}[point.cuda_graph]
+    return point.layout + graph
+
+
+def _entries(point: Point) -> str:
+    return f"{point.memory_entries:,} entries" if point.memory_entries else "frozen"
+
+
+def _figures(samples: Samples, rounds: Sequence[int]) -> list[str]:
+    """p50, its interval, p90, p99."""
+    found = percentiles(samples)
+    low, high = interval(samples, rounds)
+    sure = f"{_ms(low)}-{_ms(high)}" if np.isfinite(low) else "?"
+    return [_ms(found["p50_ms"]), sure, _ms(found["p90_ms"]), _ms(found["p99_ms"])]
+
+
+def _times_bound(milliseconds: float, bound: Bound | None) -> str:
+    return "" if bound is None or bound.ms <= 0 else _ratio(milliseconds / bound.ms)
+
+
+def _ratio(times: float) -> str:
+    return f"{times:.1f}" if times < 100 else f"{times:,.0f}"
+
+
+def _ms(milliseconds: float) -> str:
+    """Three digits that count, as far as that is sensible."""
+    if abs(milliseconds) < 10:
+        return f"{milliseconds:.3f}" if abs(milliseconds) < 1 else f"{milliseconds:.2f}"
+    return f"{milliseconds:.1f}" if abs(milliseconds) < 100 else f"{milliseconds:,.0f}"
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.1f}" if tokens < 100 else f"{tokens:,.0f}"
+
+
+def _stage_order(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)

@@ -263,44 +263,6 @@ def test_eval_refuses_text_it_cannot_use(bundle: Path, tmp_path: Path, text: Pat
     assert "context: out of range" in refused("eval", bundle, "--text", text, "--context", 129)
 
 
-# profile
-
-
-QUICK = ("--steps", 3, "--prefills", 2, "--warmup", 1, "--prompt-length", 8, "--context", 16)
-
-
-def test_profile_gives_what_scripts_rely_on(bundle: Path, pack: Path) -> None:
-    figures = ok_json("profile", bundle, "--memory", pack, *QUICK)
-    assert list(figures["parts"]) == [
-        "segment 0", "gate 0", "segment 1", "gate 1", "segment 2", "gate 2", "segment 3"
-    ]  # fmt: skip
-    assert figures["decode_ms_p50"] > 0
-    assert isinstance(figures["gate_share"], float)
-    assert list(figures["frozen"]["parts"]) == list(figures["parts"])
-    assert [entry["prompt"] for entry in figures["prefill"]] == [8]
-    assert figures["context"] == 16
-    assert figures["memory"]["entries"] == 300
-    assert figures["environment"]["cpu"]
-
-
-def test_profile_of_the_fused_layout_sees_whole_steps(bundle: Path, pack: Path) -> None:
-    figures = ok_json("profile", bundle, "--memory", pack, "--layout", "fused", *QUICK)
-    assert list(figures["parts"]) == ["fused"]
-
-
-def test_profile_without_a_memory_measures_the_frozen_model_once(bundle: Path) -> None:
-    figures = ok_json("profile", bundle, *QUICK)
-    assert figures["frozen"] is None
-    assert figures["memory"] is None
-    assert figures["gate_share"] == 0
-
-
-def test_profile_shows_every_part(bundle: Path, pack: Path) -> None:
-    shown = ok("profile", bundle, "--memory", pack, *QUICK)
-    for name in ("segment 0", "gate 2", "segment 3", "decode", "prompt of 8", "retrieval"):
-        assert name in shown
-
-
 # trace
 
 

@@ -774,6 +774,9 @@ def fake_cupy(
     def from_dlpack(array: Any, *, device: Any = None, copy: Any = None) -> Any:
         return array if isinstance(array, FakeArray) else asarray(np.from_dlpack(array))
 
+    def matmul(a: Any, b: Any) -> Any:
+        return asarray(a.get() @ b.get())
+
     def asnumpy(
         a: Any, stream: Any = None, order: str = "C", out: Any = None, *, blocking: bool = True
     ) -> Any:
@@ -876,6 +879,7 @@ def fake_cupy(
         empty=empty,
         empty_like=lambda a, dtype=None: empty(a.shape, a.dtype if dtype is None else dtype),
         from_dlpack=from_dlpack,
+        matmul=matmul,
         full=full,
         get_default_memory_pool=lambda: pool,
         get_default_pinned_memory_pool=lambda: SimpleNamespace(free_all_blocks=lambda: None),
