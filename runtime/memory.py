@@ -176,6 +176,7 @@ class MemoryPack:
         evidence: Whether `all` entries are evidence of the domain, or those of `reference` text
             alone, and not the ones of background text.
         calibrated: Whether held-out text has chosen the settings (`knnmoe memory calibrate`).
+        most_entries: Of a gate, that a model uses; None uses all (see `RunConfig`).
     """
 
     path: Path
@@ -189,6 +190,7 @@ class MemoryPack:
     origin_rows: int = 0
     evidence: EvidenceFrom = "all"
     calibrated: bool = False
+    most_entries: int | None = None
 
     @staticmethod
     def open(path: str | Path, *, verify: bool = True) -> MemoryPack:

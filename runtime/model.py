@@ -29,6 +29,7 @@ from .memory import MemoryPack, ModelIdentity
 from .metrics import Meter, Metrics
 from .pipeline import Pipeline
 from .routing import RoutingRule
+from .run_config import RunConfig, limited
 from .sampling import GenerationConfig
 from .selection_bias import read_selection_biases
 from .session import Hooks, Overflow, Session
@@ -87,6 +88,7 @@ class Model:
         similarity: Similarity | None = None,
         scale: float | None = None,
         threads: int | None = None,
+        run_config: str | Path | RunConfig | None = None,
     ) -> Model:
         """Open a bundle and get it ready to run.
 
@@ -109,10 +111,13 @@ class Model:
                 is not calibrated and replaces logits is used if its variant is asked for.
             threads: Of one operator; None takes the physical cores, or one thread for a model so
                 small that sharing the work costs more than it saves.
+            run_config: How much of this memory is used: a file that `knnmoe profile --budget-ms`
+                wrote. It says nothing of memories that take its place later.
 
         Raises:
             BundleError, MemoryPackError: If a directory is damaged, unsafe, or of another model.
-            SettingError: If a setting is out of its range, or the device does not have it.
+            SettingError: If a setting is out of its range, the device does not have it, or the run
+                configuration is of another model or memory.
             BackendError: If a backend is missing or does not fit.
             EngineError: If engines are damaged, or of another bundle, device or version.
             DeviceError: If the device, or this machine, has too little memory.
@@ -133,13 +138,21 @@ class Model:
                 cuda_graph=cuda_graph,
             )
             model = Model(opened, backend)
-        if memory is not None:
-            pack = memory
-            if not isinstance(pack, MemoryPack):
-                with memory_for(f"checking {pack}"):
-                    pack = MemoryPack.open(pack)
-                if variant is None:
-                    pack.check_calibrated()
+        pack = memory
+        if pack is not None and not isinstance(pack, MemoryPack):
+            with memory_for(f"checking {pack}"):
+                pack = MemoryPack.open(pack)
+            if variant is None:
+                pack.check_calibrated()
+        if run_config is not None:
+            where: object = run_config
+            if isinstance(run_config, RunConfig):
+                where = "run configuration"
+            else:
+                run_config = RunConfig.read(run_config)
+            precision = opened.manifest.precision
+            pack = run_config.applied(pack, model.identity, precision, where)
+        if pack is not None:
             pack = pack.with_settings(variant=variant, neighbors=neighbors, similarity=similarity)
             model.swap_memory(pack if scale is None else _with_scale(pack, scale))
         return model
@@ -503,6 +516,8 @@ def _memories(
     """One memory a gate, compressed where the pack is; None for gates it has none for or leaves."""
     covered = {gate.gate: gate for gate in pack.gates if gate.used} if pack else {}
     return tuple(
-        pack.memory_of(covered[gate], rule, bias) if pack and gate in covered else None
+        limited(pack.memory_of(covered[gate], rule, bias), pack.most_entries)
+        if pack and gate in covered
+        else None
         for gate, bias in enumerate(biases)
     )

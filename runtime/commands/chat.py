@@ -21,6 +21,7 @@ from .common import (
     json_option,
     load_model,
     model_options,
+    run_config_option,
     sampling_options,
     shown_text,
     take_sampling,
@@ -50,6 +51,7 @@ HELP = "/memory [PACK], /reset, /quit; Ctrl-C cancels a reply"
 @click.option("--system", metavar="TEXT", help="Message of the system to begin with.")
 @sampling_options
 @model_options
+@run_config_option
 @json_option
 def chat(bundle: Path, system: str | None, as_json: bool, **settings: Any) -> None:
     """Talk to a model, line by line, as its chat template has it.

@@ -113,6 +113,24 @@ def _optioned(command: Command, options: Sequence[Callable[[Command], Command]])
     return command
 
 
+def run_config_option(command: Command) -> Command:
+    """--run-config; `load_model` takes it with the values of `model_options`."""
+    return click.option(
+        "--run-config",
+        type=PATH,
+        metavar="FILE",
+        help="How much of the memory to use, as `knnmoe profile --budget-ms` wrote it.",
+    )(command)
+
+
+def percent(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
+    """`5%` or `5`, as 0.05: the callback of an option."""
+    try:
+        return float(value.removesuffix("%")) / 100
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a percentage such as 5%") from error
+
+
 def load_model(bundle: Path, **settings: Any) -> Model:
     """The model that `model_options` describe.
 

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from ..cli_support import outcome
-from .common import PATH, json_option, load_model, model_options, output, progress_bar
+from .common import (
+    PATH,
+    json_option,
+    load_model,
+    model_options,
+    output,
+    progress_bar,
+    run_config_option,
+)
 
 EXAMPLE = """\b
 Example:
@@ -25,6 +33,7 @@ Example:
 @click.option("--context", type=int, help="Tokens a sequence.  [default: 256, or all positions]")
 @click.option("--max-tokens", type=int, help="Tokens to predict at most, from all over the text.")
 @model_options
+@run_config_option
 @json_option
 def evaluate(
     bundle: Path,

@@ -17,6 +17,7 @@ from .common import (
     model_options,
     prompt_options,
     read_prompt,
+    run_config_option,
     sampling_options,
     shown_text,
     take_sampling,
@@ -36,6 +37,7 @@ Examples:
 @prompt_options
 @sampling_options
 @model_options
+@run_config_option
 @json_option
 def generate(
     bundle: Path,

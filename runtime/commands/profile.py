@@ -14,6 +14,7 @@ from ..cli_support import INTERRUPTED, outcome
 from ..errors import SettingError
 from .common import LAYOUTS, PATH, json_option, model_options_but_layout, output, progress_bar
 from .profile_command import ProfileCommand
+from .profile_outputs import Outputs, output_options, print_answer
 
 EXAMPLE = """\b
 Examples:
@@ -120,6 +121,7 @@ NUMBERS = Listed("numbers", int)
 @click.option("--no-bounds", is_flag=True, help="Do not measure what the machine can do.")
 @click.option("--all-parts", is_flag=True, help="Show every segment and gate of a large model.")
 @click.option("--output", "file", type=PATH, metavar="FILE", help="Write the record (JSON).")
+@output_options
 @json_option
 def profile(
     bundle: Path,
@@ -148,8 +150,13 @@ def profile(
     how many times the least time that bytes and arithmetic of a part need on this machine.
     The tokens are random, always the same ones. What each number is: docs/profiling.md.
 
+    With --budget-ms the record is reported first and then which memory fits; with --json only the
+    record is printed.
+
     Ctrl-C ends the measurement: what was measured is reported, with exit code 130.
     """
+    outputs = Outputs.taken_from(load)
+    outputs.check_sizes(_flat(entries))
     with outcome(as_json) as result:
         from ..profiling.record import write_record
         from ..profiling.report import print_record
@@ -181,7 +188,13 @@ def profile(
         record = run_profile(bundle, memory, options, _progress)
         if file is not None:
             write_record(record, file)
-        result(record.to_json(), lambda: print_record(record, output(), every_part=all_parts))
+        if not as_json:
+            print_record(record, output(), every_part=all_parts)
+        answer = outputs.answer_of_a_run(record, memory)
+        result(
+            record.to_json(),
+            lambda: None if answer is None else print_answer(answer, output()),
+        )
         if not record.finished:
             sys.exit(INTERRUPTED)
 

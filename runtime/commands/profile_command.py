@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
+FROM_DEVICE = "--from-device"  # is an option of `show`; without a bundle `show` need not be said
+
 # By name: module, attribute, short help.
 _ON_RECORDS = {
+    "show": (".profile_show", "show", "A record's tables, report and budget."),
     "compare": (".profile_compare", "compare", "Two records: what became slower, for CI."),
 }
 
@@ -29,6 +32,8 @@ class ProfileCommand(click.Command):
         """The context of this command, or of the one that is named."""
         if args and args[0] in _ON_RECORDS:
             return _named(args[0]).make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        if any(word.partition("=")[0] == FROM_DEVICE for word in args):
+            return _named("show").make_context(f"{info_name} show", args, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:

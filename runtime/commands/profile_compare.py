@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..cli_support import outcome, print_note
-from .common import PATH, json_option, output
+from .common import PATH, json_option, output, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,14 +24,6 @@ Example:
 """
 
 
-def _percent(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
-    """`5%` or `5`, as 0.05."""
-    try:
-        return float(value.removesuffix("%")) / 100
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a percentage such as 5%") from error
-
-
 @click.command(short_help="Two records: what became slower, for CI.", epilog=EXAMPLE)
 @click.argument("before", type=PATH)
 @click.argument("after", type=PATH)
@@ -39,7 +31,7 @@ def _percent(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
     "--fail-above",
     "limit",
     metavar="PERCENT",
-    callback=_percent,
+    callback=percent,
     default="5%",
     show_default=True,
     help="Slowdown of a part that is accepted.",
@@ -47,7 +39,7 @@ def _percent(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
 @click.option(
     "--min-share",
     metavar="PERCENT",
-    callback=_percent,
+    callback=percent,
     default="1%",
     show_default=True,
     help="Parts that are less of the step are not judged.",
@@ -55,7 +47,7 @@ def _percent(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
 @click.option(
     "--quantile",
     metavar="PERCENT",
-    callback=_percent,
+    callback=percent,
     default="50%",
     show_default=True,
     help="Of a part's times, what is compared; 10% is less disturbed by other programs.",
@@ -139,7 +131,7 @@ def _table(found: Comparison, everything: bool) -> Table:
     from ..profiling.compare import WHOLE
 
     quantile = "Medians" if found.quantile == 0.5 else f"{found.quantile:.0%} quantiles"
-    title = f"{quantile} of the times, ms, and their ratio (95 % interval, all parts together)"
+    title = f"{quantile}, ms, and their ratio (95 % interval, all parts together)"
     table = Table(title=title, title_justify="left")
     for name in ("point", "part"):
         table.add_column(name)

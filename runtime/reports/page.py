@@ -17,7 +17,8 @@ _STYLE = """
   --a: #77818d; --b: #6fa8ee; --mark: #5c4a12; } }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --shade: #f4f4f4;
   --gain: #1a7f4b; --loss: #b3362b; --unsure: #6b7480; --a: #999; --b: #2563ae; --mark: #eee; }
-  section { break-inside: avoid-page; } body { font-size: 10pt; } details > * { display: block; } }
+  section { break-inside: avoid-page; } body { font-size: 10pt; } details > * { display: block; }
+  details::details-content { content-visibility: visible; height: auto; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -50,7 +51,7 @@ svg { display: block; max-width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg.interval { overflow: visible; min-width: 13.5rem; }
 svg.interval text { font-size: 14px; }
-.zero, .axis { stroke: var(--line); } .zero { stroke: var(--soft); stroke-dasharray: 2 2; }
+.zero, line.axis { stroke: var(--line); } .zero { stroke: var(--soft); stroke-dasharray: 2 2; }
 .whisker { stroke: var(--kind, var(--soft)); stroke-width: 2; }
 .mark { fill: var(--kind, var(--soft)); }
 .area { fill-opacity: .3; stroke-width: 1.5; } .area.a { fill: var(--a); stroke: var(--a); }
@@ -78,8 +79,8 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; padding: 0 .
 """
 
 
-def page(title: str, *content: Content) -> str:
-    """A whole document that fetches nothing and runs nothing."""
+def page(title: str, *content: Content, style: str = "") -> str:
+    """A whole document that fetches and runs nothing; `style` comes after the common one."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = E(
         "head",
@@ -87,7 +88,7 @@ def page(title: str, *content: Content) -> str:
         E("meta", http_equiv="Content-Security-Policy", content=policy),
         E("meta", name="viewport", content="width=device-width, initial-scale=1"),
         E("title", title),
-        E("style", _STYLE),
+        E("style", _STYLE + style),
     )
     html = E("html", head, E("body", E("h1", title), *content), lang="en")
     return f"<!doctype html>\n{html.render()}\n"
