@@ -26,7 +26,7 @@ DEPTHS = ("none", "gates", "all")
 PHASES = ("decode", "prefill")
 
 
-class Listed(click.ParamType[Any]):
+class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """One or more values with commas between them.
 
     Args:
