@@ -184,8 +184,8 @@ def calibrate(
     opened = MemoryPack.open(pack)
     model = Model.load(bundle, threads=threads)
     opened.check_belongs_to(model.identity)
-    texts = _read_texts(model, {"domain": domain, "general": general}, max_length, max_tokens)
-    _check_held_out(opened, texts)
+    texts = read_texts(model, {"domain": domain, "general": general}, max_length, max_tokens)
+    check_held_out(opened, texts)
 
     passages = {name: text.sequences for name, text in texts.items()}
     room = None if max_tokens is None else math.ceil(SWITCH_SHARE * max_tokens)
@@ -272,12 +272,17 @@ def calibrate(
     )  # fmt: skip
 
 
-def _read_texts(
+def read_texts(
     model: Model,
     files: Mapping[str, Sequence[str | Path]],
     max_length: int,
     max_tokens: int | None,
 ) -> dict[str, TokenText]:
+    """Texts by name, each long enough to measure on.
+
+    Raises:
+        InputError: If one is not, or cannot be read.
+    """
     if max_length < 2:
         raise SettingError("max length", "out of range", expected=">= 2", found=max_length)
     context = min(max_length, model.pipeline.max_positions)
@@ -356,9 +361,10 @@ def _law(bench: Bench, applied: MemoryPack, background: Background, chosen: Trie
     return GainLaw(sizes, [*changes, chosen.domain.mean])
 
 
-def _check_held_out(pack: MemoryPack, texts: Mapping[str, TokenText]) -> None:
-    domain, general = texts["domain"], texts["general"]
-    if domain.sha256 == general.sha256:
+def check_held_out(pack: MemoryPack, texts: Mapping[str, TokenText]) -> None:
+    """Raise `InputError` if a text is in the memory, or the domain's is the general one too."""
+    domain, general = texts["domain"], texts.get("general")
+    if general is not None and domain.sha256 == general.sha256:
         raise InputError(
             ", ".join(general.names),
             "is given as domain and as general text",

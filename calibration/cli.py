@@ -14,6 +14,8 @@ import click
 from knnmoe.runtime.cli_support import outcome
 from knnmoe.runtime.errors import BackendError
 
+from .compress_cli import compress
+
 PATH = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -33,10 +35,6 @@ EXAMPLES = """\b
 Examples:
   knnmoe memory build checkpoint reference.txt pack
   knnmoe memory calibrate bundle pack --domain held.txt --general other.txt
-"""
-COMPRESS_EXAMPLE = """\b
-Example:
-  knnmoe memory compress pack pack-compressed
 """
 
 
@@ -327,82 +325,7 @@ def calibrate(
         result(report.to_json(), lambda: print_calibration(report))
 
 
-@memory.command(short_help="Make a memory fast to search.", epilog=COMPRESS_EXAMPLE)
-@click.argument("pack", type=PATH)
-@click.argument("output", type=PATH)
-@click.option(
-    "--scan-width",
-    default="auto",
-    show_default=True,
-    metavar="W|auto",
-    help="Dimensions that are scanned, a multiple of 32; auto: as few as find the neighbours.",
-)
-@click.option(
-    "--scan-bits",
-    type=click.Choice(["auto", "4", "8"]),
-    default="auto",
-    show_default=True,
-    help="Of each dimension.",
-)
-@click.option(
-    "--candidates", default=32, show_default=True, help="Scored again with the full keys, R ≤ 64."
-)
-@click.option(
-    "--recall",
-    default=0.999,
-    show_default=True,
-    help="Share of the K nearest that auto must find among the candidates.",
-)
-@click.option(
-    "--keys",
-    type=click.Choice(["as-stored", "fp16", "int8", "projected"]),
-    default="as-stored",
-    show_default=True,
-    help="The full keys; int8 also rounds the similarities; projected keeps no full keys.",
-)
-@click.option(
-    "--values",
-    type=click.Choice(["as-stored", "fp16", "int8", "int4"]),
-    default="as-stored",
-    show_default=True,
-    help="Of the pack's variant alone, unless as-stored.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace a pack that is there.")
-@json_option
-def compress(
-    pack: Path,
-    output: Path,
-    scan_width: str,
-    scan_bits: str,
-    candidates: int,
-    recall: float,
-    keys: Any,
-    values: Any,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Write a copy of PACK to OUTPUT that the CPU searches in a fraction of the time.
-
-    Keys are projected to few dimensions, which are scanned; the best candidates are scored with
-    the full keys. How many dimensions that takes is measured on keys of the memory itself, held
-    back. Gates that do not use the projection ignore it.
-    """
-    with outcome(as_json) as result:
-        from .compress import CompressSettings, compress_pack
-        from .tables import print_compression
-
-        if scan_width != "auto" and not scan_width.isdecimal():
-            raise click.BadParameter("a whole number or auto", param_hint="--scan-width")
-        settings = CompressSettings(
-            scan_width=None if scan_width == "auto" else int(scan_width),
-            scan_bits=None if scan_bits == "auto" else int(scan_bits),
-            candidates=candidates,
-            recall=recall,
-            keys=keys,
-            values=values,
-        )
-        report = compress_pack(pack, output, settings, overwrite=overwrite)
-        result(report.to_json(), lambda: print_compression(report))
+memory.add_command(compress)
 
 
 def _fields(kind: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ same keys held back, makes the similarity of neighbours come out as large as it 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -187,7 +187,8 @@ def compress_pack(
     target: str | Path,
     settings: CompressSettings = CompressSettings(),
     *,
-    kept: Mapping[int, Kept] | None = None,
+    gates: Collection[int] | None = None,
+    reduced: Callable[[PackGate, GateEntries], Kept] | None = None,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> CompressReport:
@@ -197,7 +198,8 @@ def compress_pack(
         path: The pack.
         target: The directory to write.
         settings: How.
-        kept: The gates to write and their entries; None writes all as they are.
+        gates: Those to write; None writes all. The others are left to the frozen router.
+        reduced: What is left of a gate's entries; None leaves all.
         about: Said of the compression in the provenance beside the settings.
         overwrite: Replace what is there.
 
@@ -210,13 +212,16 @@ def compress_pack(
     pack = path if isinstance(path, MemoryPack) else MemoryPack.open(path)
     check_candidates(settings.candidates, pack.neighbors)
     check_compressible(pack, settings.scan_width or WIDTH_STEP, settings.values)
-    gates = [gate for gate in pack.gates if kept is None or gate.gate in kept]
+    written = [gate for gate in pack.gates if gates is None or gate.gate in gates]
     manifest = dict(KIND.read(pack.path).content)
     stated = {entry["gate"]: dict(entry) for entry in manifest["gates"]}
-    done = []
+    done, kept = [], {}
     with new_directory(Path(target), overwrite=overwrite) as folder:
-        for gate in gates:
-            entries = pack.read(gate) if kept is None else kept[gate.gate].entries
+        for gate in written:
+            entries = pack.read(gate)
+            if reduced is not None:
+                left = reduced(gate, entries)
+                entries, kept[gate.gate] = left.entries, (left.rows, left.counts)
             found, tensors, scan, values = _compress_gate(pack, gate, entries, settings)
             stored = write_tensors(folder, gate.stored.file, tensors)
             stated[gate.gate] |= {
@@ -231,7 +236,7 @@ def compress_pack(
             done.append({**found, "bytes_after": stored.size})
         if pack.origins is not None:
             manifest["entries"] = _origins(pack, folder, kept)
-        manifest["gates"] = [stated[gate.gate] for gate in gates]
+        manifest["gates"] = [stated[gate.gate] for gate in written]
         manifest |= {
             "variant": pack.variant, "neighbors": pack.neighbors, "similarity": pack.similarity,
         }  # fmt: skip
@@ -243,21 +248,25 @@ def compress_pack(
     )
 
 
-def _origins(pack: MemoryPack, folder: Path, kept: Mapping[int, Kept] | None) -> Any:
-    """Where the entries came from, for the pack that is written."""
+def _origins(
+    pack: MemoryPack,
+    folder: Path,
+    kept: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]],
+) -> Any:
+    """Where the entries came from, for the pack that is written; `kept`: rows and counts."""
     origins = pack.read_origins()
     assert origins is not None
     assert pack.origins is not None
-    if kept is None:
+    if not kept:
         shutil.copyfile(pack.path / pack.origins.file, folder / pack.origins.file)
         return KIND.read(pack.path).content["entries"]
     rows, counts = {}, {}
-    for gate, left in kept.items():
-        if len(left.rows) == pack.origin_rows:
+    for gate, (left, made_of) in kept.items():
+        if len(left) == pack.origin_rows:
             continue
         before = origins.merged.get(gate, np.arange(pack.origin_rows, dtype=np.int32))
-        rows[gate] = before[left.rows].astype(np.int32)
-        counts[gate] = left.counts.astype(np.int32)
+        rows[gate] = before[left].astype(np.int32)
+        counts[gate] = made_of.astype(np.int32)
     stated = write_origins(folder, EntryOrigins(
         origins.token_ids, origins.documents, origins.positions, rows, counts
     ))  # fmt: skip

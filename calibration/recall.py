@@ -62,6 +62,14 @@ class Exact:
         """What is ranked by [T, N], of inner products with the keys searched."""
         return 2 * products - self.norms if self.lengths is None else self.products(products)
 
+    def of_some(self, products: Floats, entries: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Scores and products as keys are compared, of products with some entries [T, R]."""
+        if self.lengths is None:
+            return 2 * products - self.norms[entries], products
+        lengths = self.lengths[entries]
+        divided: Floats = products / np.where(lengths > 0, lengths, np.float32(1))
+        return divided, divided
+
     def products(self, products: Floats) -> Floats:
         """Inner products [T, N] with the keys as they are compared."""
         if self.lengths is None:
@@ -102,29 +110,44 @@ def measure_search(
     exact: Exact, matrix: Floats, bits: int, candidates: int, keys: Keys
 ) -> Searched:
     """Search in both stages: R candidates by a projection P [W, D], scored by the keys kept."""
-    scan = project_keys(exact.among, matrix, bits)
+    returned, products = search_by(exact, project_keys(exact.among, matrix, bits), candidates, keys)
+    kept = (exact.nearest[:, :, None] == returned[:, None, :]).any(axis=2).mean()
+    correction = 1.0
+    if keys == "projected" and (total := float(products.sum())) > 0:
+        nearest = exact.among[exact.nearest]
+        true = np.einsum("td,tkd->tk", exact.queries, nearest)
+        if exact.lengths is not None:
+            true /= np.maximum(exact.lengths[exact.nearest], np.finfo(np.float32).tiny)
+        correction = float(true.sum()) / total
+    return Searched(float(kept), correction)
+
+
+def search_by(
+    exact: Exact, scan: ProjectedKeys, candidates: int, keys: Keys
+) -> tuple[NDArray[np.int64], Floats]:
+    """What a search in both stages returns [T, K], and the inner products by the keys kept.
+
+    Args:
+        exact: The queries, and the keys in full.
+        scan: These projected.
+        candidates: R.
+        keys: What the candidates are scored by.
+    """
     count = exact.nearest.shape[1]
-    shares, true, estimated = [], [], []
-    for start, piece in zip(
-        range(0, len(exact.queries), _TOGETHER), _some(exact.queries), strict=True
-    ):
+    among = _rounded(exact.among) if keys == "int8" else exact.among
+    ids, found = [], []
+    for piece in _some(exact.queries):
         scanned = exact.scores(projected_products(piece, scan, int8_queries=True))
         best = _best(scanned, min(candidates, scanned.shape[1]))
+        products = np.einsum("td,trd->tr", piece, among[best])
         if keys == "projected":
-            products = projected_products(piece, scan, int8_queries=False)
-        else:
-            among = _rounded(exact.among) if keys == "int8" else exact.among
-            products = piece @ among.T
-        scores = np.take_along_axis(exact.scores(products), best, axis=1)
-        returned = np.take_along_axis(best, _best(scores, count), axis=1)
-        nearest = exact.nearest[start : start + _TOGETHER]
-        shares.append((nearest[:, :, None] == returned[:, None, :]).any(axis=2).mean(axis=1))
-        whole = exact.products(piece @ exact.among.T)
-        true.append(np.take_along_axis(whole, nearest, axis=1).sum())
-        estimated.append(np.take_along_axis(exact.products(products), returned, axis=1).sum())
-    total = float(np.sum(estimated))
-    correction = float(np.sum(true)) / total if keys == "projected" and total > 0 else 1.0
-    return Searched(float(np.concatenate(shares).mean()), correction)
+            whole = projected_products(piece, scan, int8_queries=False)
+            products = np.take_along_axis(whole, best, axis=1)
+        scores, products = exact.of_some(products, best)
+        order = _best(scores, count)
+        ids.append(np.take_along_axis(best, order, axis=1))
+        found.append(np.take_along_axis(products, order, axis=1))
+    return np.concatenate(ids), np.concatenate(found)
 
 
 def principal(keys: Floats) -> Floats:

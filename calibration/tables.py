@@ -15,6 +15,7 @@ from knnmoe.runtime.cli_support import printable
 from knnmoe.runtime.commands.common import output
 
 if TYPE_CHECKING:
+    from .budget import BudgetReport
     from .build import BuildReport  # which needs torch
     from .calibrate import CalibrationReport
     from .compress import CompressReport
@@ -84,6 +85,51 @@ def print_compression(report: CompressReport) -> None:
         " kept, neighbours by the keys that are kept. Scanned: read at every token.",
         style="dim",
     )
+
+
+def print_budget(report: BudgetReport) -> None:
+    """The points of the front, and which was written."""
+    console, whole = output(), report.points[0]
+    table = Table()
+    for name in ("", "memory", "bytes", "of all", "recall", "gain kept", "general", "ms a token"):
+        table.add_column(name, justify="left" if name == "memory" else "right")
+    for number, point in enumerate(report.points):
+        kept = report.kept(point)
+        table.add_row(
+            str(number),
+            point.name,
+            readable_size(point.bytes),
+            f"{point.bytes / whole.bytes:.1%}",
+            f"{point.recall:.4f}",
+            "-" if kept is None else f"{kept:.1%}",
+            "-" if point.general is None else interval(point.general),
+            "-" if point.ms is None else f"{point.ms:.3g}",
+            style="bold" if point is report.chosen else None,
+        )
+    console.print(table)
+    chosen = report.chosen
+    gates = ", ".join(f"{gate} {readable_size(size)}" for gate, size in chosen.by_gate.items())
+    console.print(f"Written to {report.pack.path}: {chosen.name}; by gate {gates}", markup=False)
+    if report.judge == "recall":
+        console.print(
+            "Chosen by the memory's own keys alone, without text: what it keeps of the gain is not"
+            " known. Give --bundle, --domain and --general to have that measured.",
+            style="yellow",
+        )
+        return
+    console.print(
+        f"Domain {_of(whole.domain)} as it is, {_of(chosen.domain)} now; settings"
+        f" {report.calibration}"
+    )
+    if chosen.general is None:
+        console.print("General text was not given: what it loses is not known.", style="yellow")
+    if report.dropped:
+        gone = ", ".join(map(str, report.dropped))
+        console.print(f"Left to the frozen router, as their retrieval gains nothing: gates {gone}")
+
+
+def _of(found: Interval | None) -> str:
+    return "-" if found is None else interval(found)
 
 
 def print_summary(summary: PackSummary) -> None:

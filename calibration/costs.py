@@ -1,0 +1,341 @@
+"""What a compressed memory costs: bytes that the runtime holds, and milliseconds a token.
+
+The time of a gate is a sum of parts, each proportional to something that is known without running
+it; how much a unit of each takes is fitted to some gates of made-up entries that are timed here,
+turn by turn, so that each finds the caches as the gates of a model leave them to each other:
+
+    ms = constant + scanned codes (of 4 and of 8 bits) + entries + projection W·D + gathered R·D
+         + restored R·W·D (where no full keys are kept) + widening values (where they are stored)
+
+Weights of the fit are 1/ms, so that small gates count as large ones do; coefficients are not
+negative.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter, thread_time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnmoe.runtime.atomic import write_file
+from knnmoe.runtime.calibration import Calibration
+from knnmoe.runtime.compressed import CompressedMemory
+from knnmoe.runtime.engines.base import Run
+from knnmoe.runtime.engines.onnxruntime import OrtEngine
+from knnmoe.runtime.errors import SettingError
+from knnmoe.runtime.gates.base import Gate, GateBuffers
+from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
+from knnmoe.runtime.gates.two_stage import TwoStageGate
+from knnmoe.runtime.model import Model
+from knnmoe.runtime.projection import ProjectedKeys, block_size
+from knnmoe.runtime.stored_values import BITS, groups_of, store_values
+
+from .compress import StoredAs
+from .recall import Keys
+
+SCHEMA = "knnmoe.costs/1"
+FEATURES = (
+    "constant", "codes_4", "codes_8", "entries", "projection", "gathered", "restored", "values",
+)  # fmt: skip
+_SECONDS = 4.0  # of timing, at least
+_FEWEST = 12  # rounds
+_KEY_ELEMENTS = 1 << 24  # of made-up full keys, at most
+_CONTEXT = 32
+
+
+@dataclass(frozen=True)
+class GateShape:
+    """One gate of a compressed memory, as far as its costs go.
+
+    Attributes:
+        entries, hidden_size, experts: N, D, E.
+        width, bits: Of what is scanned.
+        candidates: R.
+        keys, values: How they are stored.
+        element: Bytes of an element of full keys as the pack has them.
+    """
+
+    entries: int
+    hidden_size: int
+    experts: int
+    width: int
+    bits: int
+    candidates: int
+    keys: Keys
+    values: StoredAs
+    element: int = 2
+
+    @property
+    def features(self) -> NDArray[np.float64]:
+        """What its time is a sum of, in millions but for numbers of a kind."""
+        codes = self.entries * self.width / 1e6
+        gathered = min(self.candidates, self.entries) * self.hidden_size / 1e6
+        named = {
+            "constant": 1.0,
+            f"codes_{self.bits}": codes,
+            "entries": self.entries / 1e6,
+            "projection": self.width * self.hidden_size / 1e6,
+            "gathered": gathered,
+            "restored": gathered * self.width if self.keys == "projected" else 0.0,
+            "values": float(self.values in BITS),
+        }
+        return np.array([named.get(name, 0.0) for name in FEATURES])
+
+
+def held_bytes(gate: GateShape) -> int:
+    """What the runtime holds of a compressed gate on the host, arrays of the search and the blend.
+
+    Codes of keys that are not kept in full are held twice: as they are scanned, rearranged by ONNX
+    Runtime, and by row. Mapped keys count as held.
+    """
+    n, d, w = gate.entries, gate.hidden_size, gate.width
+    codes = n * w * gate.bits // 8
+    scan = codes + n * 4 * (w // block_size(w)) + 4 * n  # scales by block; mask and norms
+    scan += w * d + 4 * w * (d // block_size(d)) + 4 * d
+    rows = n * (4 + 8 + 4)  # multiplier, scales, evidence
+    keys = {
+        "as-stored": n * d * gate.element,
+        "fp16": n * d * 2,
+        "int8": n * d,
+        "projected": codes + w * d + 4 * w,
+    }[gate.keys]
+    return scan + rows + keys + value_bytes(gate)
+
+
+def value_bytes(gate: GateShape) -> int:
+    """Of a gate's values as the runtime holds them."""
+    if gate.values not in BITS:
+        return gate.entries * gate.experts * (2 if gate.values == "fp16" else 4)
+    return gate.entries * (gate.experts * BITS[gate.values] // 8 + 4 * groups_of(gate.experts))
+
+
+def plain_bytes(entries: int, hidden_size: int, experts: int) -> int:
+    """What the runtime holds of a gate that is not compressed, searched exactly: all in fp32."""
+    return entries * (4 * hidden_size + 8 + 4 * experts + 4) + 4 * hidden_size
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of one machine.
+
+    Attributes:
+        device: Its name.
+        threads: Of the runtime; None as many as the processor has cores.
+        hidden_size, experts, neighbors: Of the gates that were timed.
+        frozen_ms: A decode step of the frozen model.
+        router_ms: Of it, one gate.
+        coefficients: Milliseconds a unit of each of `FEATURES`.
+    """
+
+    device: str
+    threads: int | None
+    hidden_size: int
+    experts: int
+    neighbors: int
+    frozen_ms: float
+    router_ms: float
+    coefficients: tuple[float, ...]
+
+    def gate_ms(self, gate: GateShape) -> float:
+        """One gate, one token."""
+        return float(gate.features @ np.array(self.coefficients))
+
+    def token_ms(self, gates: Sequence[GateShape]) -> float:
+        """A decode step with these gates compressed and all others frozen."""
+        return self.frozen_ms + sum(self.gate_ms(gate) - self.router_ms for gate in gates)
+
+    def write(self, path: Path) -> None:
+        """As JSON, over what is there only when it is whole."""
+        named = dict(zip(FEATURES, self.coefficients, strict=True))
+        content = {"schema": SCHEMA, **asdict(self), "coefficients": named}
+        write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+    @staticmethod
+    def read(path: Path) -> Costs:
+        """What `write` wrote.
+
+        Raises:
+            SettingError: If the file is something else.
+        """
+        fix = "Name a file that is not there yet: costs are measured and written to it."
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("schema") != SCHEMA:
+                raise ValueError("another schema")
+            named = content.pop("coefficients")
+            costs = Costs(**content, coefficients=tuple(float(named[name]) for name in FEATURES))
+            numbers = (costs.frozen_ms, costs.router_ms, *costs.coefficients)
+            if not all(np.isfinite(number) and number >= 0 for number in numbers):
+                raise ValueError("numbers that are no times")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SettingError(
+                path, "is no record of costs", expected=f"JSON of the schema {SCHEMA}",
+                found=error, fix=fix,
+            ) from error  # fmt: skip
+        return costs
+
+
+def clock_of(threads: int | None) -> Callable[[], float]:
+    """Seconds: of one thread the processor's, which other work on the machine does not stretch."""
+    return thread_time if threads == 1 else perf_counter
+
+
+def measure_costs(
+    model: Model, entries: int, candidates: int, neighbors: int, device: str, threads: int | None
+) -> Costs:
+    """Time made-up gates of this model's sizes, and a frozen step.
+
+    Args:
+        model: Is left without a memory.
+        entries: About as many as the memory has.
+        candidates: R.
+        neighbors: K.
+        device: A name for the record.
+        threads: Of the runtime.
+    """
+    shape, rule = model.bundle.manifest.architecture, model.bundle.manifest.routing
+    size, experts = shape.hidden_size, shape.num_experts
+    seam = model.bundle.manifest.experts_per_token
+    designs = _designs(entries, size, experts, candidates)
+    engines: dict[str, OrtEngine] = {}
+
+    def engine_of(name: str) -> OrtEngine:
+        if name not in engines:
+            path = model.bundle.file(model.bundle.manifest.gates[name].file)
+            engines[name] = OrtEngine(path, threads=threads)
+        return engines[name]
+
+    bias = np.zeros(experts, np.float32) if rule.selection_bias else None
+    runs: dict[Any, Run] = {}
+    frozen = OnnxGate.over(engine_of(graph_name(None)), None, bias)
+    runs["frozen"] = _bound(frozen, size, experts, seam)
+    for design in designs:
+        memory = made_up(design, neighbors)
+        gate = TwoStageGate.over(engine_of(graph_name(memory)), memory, rule, seam, bias)
+        runs[design] = _bound(gate, size, experts, seam)
+    model.disable_memory()
+    cache = model.pipeline.new_cache(capacity=_CONTEXT + 2)
+    random = np.random.default_rng(0)
+    model.pipeline.step(cache, random.integers(0, shape.vocab_size, (1, _CONTEXT)))
+    runs["step"] = lambda: _step(model, cache)
+    times = turn_by_turn(runs, clock_of(threads))
+    router = times.pop("frozen")
+    step = times.pop("step")
+    coefficients = fit([d.features for d in designs], [times[d] for d in designs])
+    return Costs(device, threads, size, experts, neighbors, step, router, tuple(coefficients))
+
+
+def _step(model: Model, cache: Any) -> None:
+    """A decode step at the context that the cache has."""
+    lengths = cache.lengths.copy()
+    model.pipeline.step(cache, np.array([[1]]))
+    cache.lengths[...] = lengths
+
+
+def turn_by_turn(
+    runs: Mapping[Any, Run], clock: Callable[[], float], seconds: float = _SECONDS
+) -> dict[Any, float]:
+    """Median milliseconds of each of some runs, one of each in turn."""
+    for run in runs.values():
+        run()
+    samples: dict[Any, list[float]] = {name: [] for name in runs}
+    end = perf_counter() + seconds
+    while perf_counter() < end or min(map(len, samples.values())) < _FEWEST:
+        for name, run in runs.items():
+            started = clock()
+            run()
+            samples[name].append((clock() - started) * 1e3)
+    return {name: float(np.median(each)) for name, each in samples.items()}
+
+
+def fit(features: Sequence[NDArray[np.float64]], times: Sequence[float]) -> NDArray[np.float64]:
+    """Non-negative coefficients of the least relative squares, by coordinate descent."""
+    rows = np.array(features) / np.array(times)[:, None]
+    scale = np.linalg.norm(rows, axis=0)
+    scale[scale == 0] = 1
+    rows = rows / scale
+    gram, goal = rows.T @ rows, rows.sum(axis=0)
+    found = np.zeros(rows.shape[1])
+    for _ in range(20_000):
+        before = found.copy()
+        for i in range(len(found)):
+            if gram[i, i] > 0:
+                rest = goal[i] - gram[i] @ found + gram[i, i] * found[i]
+                found[i] = max(0.0, rest / gram[i, i])
+        if np.abs(found - before).max() <= 1e-9 * max(1e-12, np.abs(found).max()):
+            break
+    kept: NDArray[np.float64] = found / scale
+    return kept
+
+
+def _designs(entries: int, size: int, experts: int, candidates: int) -> list[GateShape]:
+    """Gates of made-up entries that tell the coefficients apart."""
+    widths = sorted({max(32, size // part // 32 * 32) for part in (8, 4, 2, 1)})[:3]
+    few, most = max(512, entries // 4), max(1024, entries)
+    whole = max(512, min(most, _KEY_ELEMENTS // size))
+    kind = GateShape(most, size, experts, widths[-1], 4, candidates, "projected", "int4")
+    return [
+        *(replace(kind, width=width) for width in widths),
+        *(replace(kind, width=width, bits=8) for width in widths[:2]),
+        replace(kind, entries=few),
+        replace(kind, entries=few, width=widths[0], bits=8),
+        replace(kind, values="fp16"),
+        replace(kind, entries=few, width=widths[0], values="fp16"),
+        replace(kind, entries=whole, width=widths[0], keys="fp16"),
+        replace(kind, entries=whole, keys="int8", values="fp16"),
+        replace(kind, entries=whole, width=widths[0], bits=8, keys="int8"),
+    ]
+
+
+def made_up(shape: GateShape, neighbors: int) -> CompressedMemory:
+    """A memory of random codes: a search takes as long as with any others."""
+    random = np.random.default_rng(0)
+    n, d, w = shape.entries, shape.hidden_size, shape.width
+    codes = random.integers(0, 256, (n, w * shape.bits // 8), np.uint8)
+    scales = np.full(n, 1e-2, np.float32)
+    projection = random.integers(-127, 128, (w, d), np.int8)
+    keys: NDArray[Any] | None = None
+    if shape.keys == "int8":
+        keys = random.integers(-127, 128, (n, d), np.int8)
+    elif shape.keys != "projected":
+        keys = random.standard_normal((n, d), np.float32).astype(np.float16)
+    values: Any = random.standard_normal((n, shape.experts), np.float32)
+    if shape.values != "as-stored":
+        values = store_values(values, shape.values)
+    return CompressedMemory(
+        keys=keys,
+        multipliers=scales[:, None],
+        norms=np.ones(n, np.float32),
+        lengths=np.ones(n, np.float32),
+        scan=ProjectedKeys(projection, np.full(w, 1e-3, np.float32), codes, scales),
+        candidates=shape.candidates,
+        values=values,
+        n_valid=n,
+        k=neighbors,
+        center=np.zeros(d, np.float32),
+        calibration=Calibration(),
+        similarity="cosine",
+        rule_first=False,
+    )
+
+
+def _bound(gate: Gate, size: int, experts: int, seam: int) -> Run:
+    """One call of one token."""
+    random = np.random.default_rng(1)
+    return gate.bind(
+        GateBuffers(
+            random.standard_normal((1, size), np.float32),
+            random.standard_normal((1, experts), np.float32),
+            np.zeros((1, 2), np.float32),
+            np.array([1]),
+            np.zeros((1, seam), np.int32),
+            np.zeros((1, seam), np.float32),
+            np.zeros((1, 2), np.float32),
+        )
+    )
