@@ -358,6 +358,7 @@ class _Search:
         self.costs: Costs | None = None
         self.background: Background = background_of(pack)
         self.asked: dict[int, Asked] = {}
+        self.probed: dict[int, Asked] = {}
         self.gains: NDArray[np.float64] | None = None
         self.texts: dict[str, TokenText] = {}
         self.bench: Bench | None = None
@@ -398,7 +399,7 @@ class _Search:
         self.gates = [gate for gate in self.gates if gate.gate not in dropped]
         self._record()
         reducer = Reducer(self.pack, self.rule, self.asked, self.gains, self.background)
-        prober = Prober(self.pack, self.gates, reducer, self.asked, self.settings.candidates)
+        prober = Prober(self.pack, self.gates, reducer, self.probed, self.settings.candidates)
         listed = self._listed(prober, self.limit, SHORT if self.bench else 1)
         if self.settings.front:
             for share in LADDER:
@@ -439,6 +440,17 @@ class _Search:
                 found=f"{point.domain.mean:+.4f}",
                 fix="Give text of the memory's own domain, or calibrate the memory first.",
             )  # fmt: skip
+        if point.general is not None and point.general.high > self.limits.general:
+            raise VerificationError(
+                self.pack.path, "costs this general text too much as it is",
+                expected=f"at most {self.limits.general:+.4f} nats a token, upper end",
+                found=_text(point.general),
+                fix="Calibrate the memory, give more text, or allow more with --max-general-loss.",
+            )  # fmt: skip
+        if point.switch is not None:
+            # Of few passages, so that a memory within its limit may seem beyond it; no worse, then.
+            most = max(self.limits.switch, point.switch.high)
+            self.limits = replace(self.limits, switch=most)
         return point
 
     def _measured(self, point: Point, pack: MemoryPack) -> Point:
@@ -473,12 +485,19 @@ class _Search:
         return gains
 
     def _record(self) -> None:
-        """Router inputs of the half that chooses, and what the memory gains with each token."""
+        """Router inputs of the half that chooses, and what the memory gains with each token.
+
+        Every third sequence is for probes alone: of the others entries are chosen, which on those
+        would look better than they are.
+        """
         if self.bench is None or self.model is None:
             return
-        sequences = [passage.tokens for passage in self.passages["learn"]]
-        asked = record_inputs(self.model, sequences, lambda _: None)
-        self.asked = {gate.gate: asked[gate.gate] for gate in self.gates}
+        every = [passage.tokens for passage in self.passages["learn"]]
+        parts = [[ids for n, ids in enumerate(every) if (n % 3 == 1) == kept] for kept in (0, 1)]
+        for part, recorded in zip(parts, (self.asked, self.probed), strict=True):
+            asked = record_inputs(self.model, part, lambda _: None)
+            recorded.update({gate.gate: asked[gate.gate] for gate in self.gates})
+        sequences = parts[0]
         frozen = token_nll(self.model, sequences)
         self.model.swap_memory(self.pack)
         self.gains = frozen - token_nll(self.model, sequences)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from knnmoe.calibration import budget
 from knnmoe.calibration.budget import (
     Budget,
     BudgetSettings,
@@ -22,6 +23,7 @@ from knnmoe.calibration.budget import (
 )
 from knnmoe.calibration.build import build_memory
 from knnmoe.calibration.cli import memory as memory_commands
+from knnmoe.calibration.confidence import Interval
 from knnmoe.calibration.costs import FEATURES, Costs
 from knnmoe.calibration.recipes import Probed, Recipe, fitted, recipes, short_list, smallest
 from knnmoe.calibration.recorded import record_inputs
@@ -261,8 +263,28 @@ def test_a_memory_that_gains_nothing_or_costs_too_much_is_refused(
         run(against, tmp_path / "out" / "a", "40%", tiny_bundle, texts, costs=costs)
     strict = replace(SETTINGS, max_general_loss=0.0)
     loud = copied(pack, tmp_path / "loud", scale=1.0)
-    with pytest.raises(VerificationError, match="nothing within this budget both gains and spares"):
+    with pytest.raises(VerificationError, match="costs this general text too much as it is"):
         run(loud, tmp_path / "out" / "b", "40%", tiny_bundle, texts, costs=costs, settings=strict)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("harm", ["general", "domain"])
+def test_a_compression_that_loses_the_gain_or_harms_other_text_is_refused(
+    pack: Path, tiny_bundle: Path, texts: Texts, costs: Path, tmp_path: Path, harm: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    honest = budget._Search._measured
+
+    def measured(self: Any, point: Any, memory: MemoryPack) -> Any:
+        found = honest(self, point, memory)
+        bad = Interval(0.5, 0.4, 0.6) if harm == "general" else Interval(-0.01, -0.05, 0.03)
+        return found if point.recipe is None else replace(found, **{harm: bad})
+
+    monkeypatch.setattr(budget._Search, "_measured", measured)
+    monkeypatch.setattr(budget, "SHORT", 1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(VerificationError, match="nothing within this budget both gains and spares"):
+        run(pack, tmp_path / "out" / "a", "40%", tiny_bundle, texts, costs=costs)
     assert not list((tmp_path / "out").iterdir())
 
 
