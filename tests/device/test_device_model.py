@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from knnmoe.calibration.compress import CompressSettings, compress_pack
 from knnmoe.runtime.device.backend import DeviceSettings
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
@@ -197,3 +198,16 @@ def test_gates_share_kernels_and_scratch_memory(load: Any, tiny_pack: Path) -> N
     assert len({id(blend.workspace) for blend in blends}) == 1
     assert len({id(blend._module) for blend in blends}) == 1
     assert len({blend.ticket.data.ptr for blend in blends}) == len(blends)
+
+
+def test_a_compressed_memory_is_on_the_device_what_it_is_on_the_host(
+    load: Any, tiny_bundle: Path, tiny_pack: Path, tmp_path: Path
+) -> None:
+    settings = CompressSettings(scan_width=32, scan_bits=4, keys="projected", values="int4")
+    small = compress_pack(tiny_pack, tmp_path / "small", settings).pack.path
+    expected = host(tiny_bundle, small).logits(IDS)
+    device = load(memory=small).model
+    np.testing.assert_allclose(device.logits(IDS), expected, atol=2e-4)
+    assert np.abs(expected - host(tiny_bundle).logits(IDS)).max() > 1e-3
+    texts = [m.generate(IDS[:9], **GREEDY).token_ids for m in (device, host(tiny_bundle, small))]
+    assert texts[0] == texts[1]
