@@ -32,13 +32,13 @@ from knnmoe.calibration.compress import compress_pack
 from knnmoe.calibration.confidence import interval_of
 from knnmoe.calibration.costs import clock_of, measure_costs, turn_by_turn
 from knnmoe.calibration.recipes import Recipe
-from knnmoe.calibration.texts import TokenText, read_text
 from knnmoe.export.exporter import export
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.evaluation import score_sequences
 from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pipeline import Pipeline
+from knnmoe.runtime.texts import TokenText, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "build" / "demo"
@@ -216,7 +216,7 @@ def quarter(
 
 def on_test(model: Model, text: TokenText, packs: Mapping[str, MemoryPack]) -> dict[str, Any]:
     """Change of NLL by pack, nats a token with its interval."""
-    sequences = [s.tokens.tolist() for s in text.sequences]
+    sequences = text.sequences
     model.disable_memory()
     frozen = score_sequences(model, sequences)
     found: dict[str, Any] = {"tokens": int(frozen.tokens.sum()), "frozen": frozen.mean_nll}

@@ -24,6 +24,7 @@ from knnmoe.runtime.memory import MemoryPack, PackGate, rewrite_settings
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.projection import WIDTH_STEP
 from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.texts import TokenSequence, TokenText
 from knnmoe.runtime.two_stage import check_candidates
 
 from .bench import Bench, Progress
@@ -44,8 +45,7 @@ from .recipes import (
     smallest,
 )
 from .recorded import Asked, record_inputs
-from .switching import Passage, joined, whole
-from .texts import TokenText
+from .switching import joined
 
 Judge = Literal["likelihood", "recall"]
 SHORT = 5  # recipes that are measured
@@ -362,7 +362,7 @@ class _Search:
         self.gains: NDArray[np.float64] | None = None
         self.texts: dict[str, TokenText] = {}
         self.bench: Bench | None = None
-        self.passages: dict[str, Sequence[Passage]] = {}
+        self.passages: dict[str, Sequence[TokenSequence]] = {}
         if domain and model is not None:
             self._prepare(model, {"domain": domain, "general": general}, progress)
 
@@ -374,9 +374,9 @@ class _Search:
         check_held_out(self.pack, self.texts)
         own = self.texts["domain"]
         learn, judge = halves(own)
-        passages = {"learn": whole(learn), "domain": whole(judge)}
+        passages = {"learn": learn.sequences, "domain": judge.sequences}
         if "general" in self.texts:
-            passages["general"] = whole(self.texts["general"])
+            passages["general"] = self.texts["general"].sequences
             most = self.settings.max_tokens
             room = None if most is None else int(SWITCH_SHARE * most)
             switches = joined(judge, self.texts["general"], room, least=LEAST_PASSAGES)
@@ -492,10 +492,10 @@ class _Search:
         """
         if self.bench is None or self.model is None:
             return
-        every = [passage.tokens for passage in self.passages["learn"]]
-        parts = [[ids for n, ids in enumerate(every) if (n % 3 == 1) == kept] for kept in (0, 1)]
+        every = self.passages["learn"]
+        parts = [[s for n, s in enumerate(every) if (n % 3 == 1) == kept] for kept in (0, 1)]
         for part, recorded in zip(parts, (self.asked, self.probed), strict=True):
-            asked = record_inputs(self.model, part, lambda _: None)
+            asked = record_inputs(self.model, [s.tokens for s in part], lambda _: None)
             recorded.update({gate.gate: asked[gate.gate] for gate in self.gates})
         sequences = parts[0]
         frozen = token_nll(self.model, sequences)
@@ -632,14 +632,16 @@ def halves(text: TokenText) -> tuple[TokenText, TokenText]:
     return learn, judge
 
 
-def token_nll(model: Model, sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """Of each token [T] of some sequences the NLL of the next one, 0 for the last of a sequence."""
+def token_nll(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[np.float64]:
+    """NLL of what follows each token [T] of some sequences, 0 where that is not predicted."""
     parts = []
-    for ids in sequences:
+    for sequence in sequences:
+        ids = sequence.tokens
         logits = model.logits(ids.tolist())[:-1].astype(np.float64)
         highest = logits.max(axis=1)
         total = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
-        parts.append(np.append(total - logits[np.arange(len(logits)), ids[1:]], 0.0))
+        nll = total - logits[np.arange(len(logits)), ids[1:]]
+        parts.append(np.append(np.where(sequence.credited, nll, 0), 0.0))
     return np.concatenate(parts)
 
 

@@ -30,8 +30,9 @@ from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.errors import SettingError
 from knnmoe.runtime.gates.base import Gate, GateBuffers
-from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
-from knnmoe.runtime.gates.two_stage import TwoStageGate
+from knnmoe.runtime.gates.one_token import BLOCKED_ENTRIES
+from knnmoe.runtime.gates.onnx import FROZEN, OnnxGate, graph_name
+from knnmoe.runtime.gates.two_stage import SCANNED_ELEMENTS, TwoStageGate
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.projection import ProjectedKeys, block_size
 from knnmoe.runtime.stored_values import BITS, groups_of, store_values
@@ -91,21 +92,22 @@ class GateShape:
 def held_bytes(gate: GateShape) -> int:
     """What the runtime holds of a compressed gate on the host, arrays of the search and the blend.
 
-    Codes of keys that are not kept in full are held twice: as they are scanned, rearranged by ONNX
-    Runtime, and by row. Mapped keys count as held.
+    What is scanned is held twice, rearranged by ONNX Runtime for calls of one token and for those
+    of several; codes of keys that are not kept in full once more, by row. Mapped keys count too.
     """
     n, d, w = gate.entries, gate.hidden_size, gate.width
     codes = n * w * gate.bits // 8
     scan = codes + n * 4 * (w // block_size(w)) + 4 * n  # scales by block; mask and norms
-    scan += w * d + 4 * w * (d // block_size(d)) + 4 * d
-    rows = n * (4 + 8 + 4)  # multiplier, scales, evidence
+    scan += w * d + 4 * w * (d // block_size(d))
+    rows = 4 * d + n * (4 + 8 + 4)  # centre; multiplier, scales, evidence
+    rows += 8 * n if n >= BLOCKED_ENTRIES else 0  # numbers of the entries by block
     keys = {
         "as-stored": n * d * gate.element,
         "fp16": n * d * 2,
         "int8": n * d,
         "projected": codes + w * d + 4 * w,
     }[gate.keys]
-    return scan + rows + keys + value_bytes(gate)
+    return 2 * scan + rows + keys + value_bytes(gate)
 
 
 def value_bytes(gate: GateShape) -> int:
@@ -116,8 +118,14 @@ def value_bytes(gate: GateShape) -> int:
 
 
 def plain_bytes(entries: int, hidden_size: int, experts: int) -> int:
-    """What the runtime holds of a gate that is not compressed, searched exactly: all in fp32."""
-    return entries * (4 * hidden_size + 8 + 4 * experts + 4) + 4 * hidden_size
+    """What the runtime holds of a gate that is not compressed, as `auto` searches it.
+
+    That is all in fp32, and for large memories int8 keys to scan, twice as above.
+    """
+    whole = entries * (4 * hidden_size + 8 + 4 * experts + 4) + 4 * hidden_size
+    if entries * hidden_size < SCANNED_ELEMENTS:
+        return whole
+    return whole + 2 * entries * (hidden_size + 4 + 4)
 
 
 @dataclass(frozen=True)
@@ -213,11 +221,13 @@ def measure_costs(
 
     bias = np.zeros(experts, np.float32) if rule.selection_bias else None
     runs: dict[Any, Run] = {}
-    frozen = OnnxGate.over(engine_of(graph_name(None)), None, bias)
+    frozen = OnnxGate.over(engine_of(FROZEN), None, bias)
     runs["frozen"] = _bound(frozen, size, experts, seam)
     for design in designs:
         memory = made_up(design, neighbors)
-        gate = TwoStageGate.over(engine_of(graph_name(memory)), memory, rule, seam, bias)
+        gate = TwoStageGate.over(
+            engine_of(graph_name(memory)), memory, rule, seam, bias, frozen=engine_of(FROZEN)
+        )
         runs[design] = _bound(gate, size, experts, seam)
     model.disable_memory()
     cache = model.pipeline.new_cache(capacity=_CONTEXT + 2)

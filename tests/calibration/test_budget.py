@@ -28,12 +28,12 @@ from knnmoe.calibration.costs import FEATURES, Costs
 from knnmoe.calibration.recipes import Probed, Recipe, fitted, recipes, short_list, smallest
 from knnmoe.calibration.recorded import record_inputs
 from knnmoe.calibration.settings import BuildSettings
-from knnmoe.calibration.texts import read_text
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
 from knnmoe.runtime.evaluation import score_sequences
 from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.texts import read_text
 
 STORY = [
     "the spring ", "was late ", "that year ", "a heron ", "waited ", "by the river ", "till May ",
@@ -113,7 +113,7 @@ def test_the_budget_is_kept_and_most_of_the_gain(
     # The file is what was measured: on text that chose nothing it gains as well.
     model = Model.load(tiny_bundle, threads=1)
     test = read_text([texts["test"]], model.tokenizer, vocab_size=256)
-    sequences = [s.tokens.tolist() for s in test.sequences]
+    sequences = test.sequences
     nll = []
     for memory in (None, MemoryPack.open(pack), MemoryPack.open(report.pack.path)):
         model.swap_memory(memory)
@@ -268,7 +268,7 @@ def test_a_memory_that_gains_nothing_or_costs_too_much_is_refused(
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("harm", ["general", "domain"])
+@pytest.mark.parametrize("harm", ["general", pytest.param("domain", marks=pytest.mark.slow)])
 def test_a_compression_that_loses_the_gain_or_harms_other_text_is_refused(
     pack: Path, tiny_bundle: Path, texts: Texts, costs: Path, tmp_path: Path, harm: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -376,8 +376,8 @@ def test_halves_share_no_document_and_token_nll_adds_up(tiny_bundle: Path, texts
     documents = [{s.document for s in part.sequences} for part in (first, second)]
     assert not documents[0] & documents[1]
     assert documents[0] | documents[1] == {s.document for s in text.sequences}
-    sequences = [s.tokens for s in first.sequences]
-    summed = score_sequences(model, [s.tolist() for s in sequences]).nll.sum()
+    sequences = first.sequences
+    summed = score_sequences(model, sequences).nll.sum()
     nll = token_nll(model, sequences)
     assert nll.sum() == pytest.approx(summed, rel=1e-6)
-    assert len(nll) == sum(map(len, sequences))
+    assert len(nll) == sum(len(s.tokens) for s in sequences)
