@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -31,6 +30,7 @@ from .layouts import GateRecord
 from .metrics import Meter, TextCount
 from .sampling import GenerationConfig
 from .shortage import memory_for
+from .watch import Cancel, Watch
 
 Overflow = Literal["refuse", "slide"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
@@ -75,13 +75,6 @@ class Steps(Protocol):
 
     def first_nonfinite(self, cache: Any, input_ids: NDArray[np.int64]) -> str | None:
         """Run a step part by part: the first that leaves numbers that are not finite."""
-
-
-class Cancel(Protocol):
-    """A flag that another thread may set: a `threading.Event`, for one."""
-
-    def is_set(self) -> bool:
-        """Whether the text is to end."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +224,7 @@ class Session:
         """
         ids = self._prompt(prompt)
         options = (config or self._config).with_overrides(**overrides)
-        return self._write(ids, options, _Watch.start(cancel, self._closing, deadline_s))
+        return self._write(ids, options, Watch.start(cancel, self._closing, deadline_s))
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None, **options: Any
@@ -328,7 +321,7 @@ class Session:
         ids: list[int] = checked.tolist()
         return ids
 
-    def _write(self, ids: list[int], config: GenerationConfig, watch: _Watch) -> Iterator[Event]:
+    def _write(self, ids: list[int], config: GenerationConfig, watch: Watch) -> Iterator[Event]:
         decoder: Decoder = self._tokenizer
         budget = config.max_new_tokens
         if self._overflow == "refuse":
@@ -416,7 +409,7 @@ class Session:
             return ids[start:]
 
     def _run(
-        self, pending: list[int], watch: _Watch, call: int, count: TextCount
+        self, pending: list[int], watch: Watch, call: int, count: TextCount
     ) -> NDArray[np.float32] | Interruption:
         """Run tokens chunk by chunk; logits [V] after the last, or why they were not run."""
         width = self._pipeline.prefill_chunk
@@ -487,29 +480,6 @@ class Session:
             evidence = self._pipeline.evidence(self._cache)
             self._snapshots.append(_Snapshot(len(self._ids), evidence))
             del self._snapshots[:-SNAPSHOTS_KEPT]
-
-
-@dataclass(frozen=True)
-class _Watch:
-    """Why a text should end before its time."""
-
-    flags: tuple[Cancel, ...]
-    end: float
-
-    @staticmethod
-    def start(cancel: Cancel | None, closing: Cancel | None, deadline_s: float | None) -> _Watch:
-        if deadline_s is not None and not 0 <= deadline_s < math.inf:
-            raise SettingError(
-                "deadline_s", "out of range", expected="seconds, 0 or more", found=deadline_s
-            )
-        flags = tuple(flag for flag in (cancel, closing) if flag is not None)
-        return _Watch(flags, math.inf if deadline_s is None else monotonic() + deadline_s)
-
-    def reason(self) -> Interruption | None:
-        """None while it may go on."""
-        if any(flag.is_set() for flag in self.flags):
-            return "cancelled"
-        return "deadline" if monotonic() >= self.end else None
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -26,6 +26,13 @@ from .vectors import BLEND, ROUTING
 HERE = Path(__file__).parent
 ENTRIES = 150
 TOLERANCE = 1e-4  # of logits, relative to the largest; of expert weights
+# Gate graphs, and the memories that they run.
+KINDS: tuple[tuple[str, Similarity, Variant], ...] = (
+    ("cosine", "cosine", "residual"),
+    ("rbf", "rbf", "residual"),
+    ("cosine-assignment", "cosine", "assignment"),
+    ("rbf-assignment", "rbf", "assignment"),
+)
 GATES: tuple[Backend, ...] = ("onnx", "numpy", "two-stage", "faiss")
 
 
@@ -147,7 +154,7 @@ def gate(backend: Backend) -> Callable[[Bench], str]:
                 for one in (backend, "numpy-float64")
             )
             worst = max(worst, _near(name, found, expected, TOLERANCE * np.abs(expected).max()))
-        return f"{len(kinds)} kinds of memory, off by {worst:.1e}"
+        return f"kinds of memory: {len(kinds)}, off by {worst:.1e}"
 
     return check
 
@@ -249,13 +256,7 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
 def _packs(bench: Bench) -> Iterator[tuple[str, MemoryPack]]:
     if bench.given:
         yield "the pack given", bench.memory
-    kinds: tuple[tuple[str, Similarity, Variant], ...] = (
-        ("cosine", "cosine", "residual"),
-        ("rbf", "rbf", "residual"),
-        ("cosine-assignment", "cosine", "assignment"),
-        ("rbf-assignment", "rbf", "assignment"),
-    )
-    for name, similarity, variant in kinds:
+    for name, similarity, variant in KINDS:
         if name in bench.opened.manifest.gates:
             yield name, bench.random_pack(similarity, variant)
 

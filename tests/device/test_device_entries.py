@@ -23,7 +23,12 @@ def more(bundle: Path, count: int) -> dict[int, NewEntries]:
 
 
 @pytest.mark.parametrize(
-    ("how", "keys"), [("split", "float32"), ("split", "int8+float16"), ("fused", "float32")]
+    ("how", "keys"),
+    [
+        ("split", "float32"),
+        pytest.param("split", "int8+float16", marks=pytest.mark.slow),
+        pytest.param("fused", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_a_captured_step_goes_on_with_the_entries(
     load: Any, tiny_bundle: Path, tiny_pack: Path, how: str, keys: str
@@ -49,7 +54,7 @@ def test_a_captured_step_goes_on_with_the_entries(
     assert np.abs(host.logits(IDS) - frozen.logits(IDS)).max() > 1e-3
 
 
-@pytest.mark.parametrize("how", ["split", "fused"])
+@pytest.mark.parametrize("how", [pytest.param("split", marks=pytest.mark.slow), "fused"])
 def test_more_than_there_is_room_for_is_bound_anew(
     load: Any, tiny_bundle: Path, tiny_pack: Path, how: str
 ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,16 +58,21 @@ def pack(reference: Path, other: Path) -> Path:
     ).pack.path
 
 
-def example(name: str, *arguments: object, stdin: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, check=False, env=os.environ,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs an example as a program of its own and returns what it printed."""
+
+    def run(name: str, *arguments: object, stdin: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_chat_replies_line_by_line(bundle: Path, pack: Path) -> None:
+def test_chat_replies_line_by_line(example: Any, bundle: Path, pack: Path) -> None:
     model = Model.load(bundle, memory=pack)
     session, messages = model.session(), []
     expected = ""
@@ -80,13 +85,13 @@ def test_chat_replies_line_by_line(bundle: Path, pack: Path) -> None:
     assert example("chat", bundle, pack, stdin="In the beginning\nAnd then\n\n") == expected + "> "
 
 
-def test_embed_writes_and_counts(bundle: Path, pack: Path) -> None:
+def test_embed_writes_and_counts(example: Any, bundle: Path, pack: Path) -> None:
     text = Model.load(bundle, memory=pack).generate("And it", max_new_tokens=20, seed=1).text
     shown = example("embed", bundle, pack, "And it")
     assert shown.startswith(f"And it{text} [length]\n20 tokens in ")
 
 
-def test_hot_swap_takes_the_memory_of_each_line(bundle: Path, pack: Path) -> None:
+def test_hot_swap_takes_the_memory_of_each_line(example: Any, bundle: Path, pack: Path) -> None:
     lines = [f"bible: {SENTENCES[0]}", f"code: {SENTENCES[0]}", f"bible: {SENTENCES[0]}"]
     first, code, again = example(
         "hot_swap", bundle, f"bible={pack}", stdin="\n".join(lines)
@@ -98,7 +103,7 @@ def test_hot_swap_takes_the_memory_of_each_line(bundle: Path, pack: Path) -> Non
 
 
 def test_the_inspector_shows_the_sentence_that_a_token_was_routed_by(
-    bundle: Path, pack: Path, reference: Path
+    example: Any, bundle: Path, pack: Path, reference: Path
 ) -> None:
     shown = example("routing_inspector", bundle, pack, reference, SENTENCES[2])
     assert shown.count("\n  gate ") > 20

@@ -74,7 +74,10 @@ def named(default: str) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("where", ["file", "config", "named", "processor"])
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("config", "processor")]
+
+
+@pytest.mark.parametrize("where", ["file", "named", *SLOWLY])
 def test_a_bundle_carries_the_template_wherever_the_checkpoint_has_it(
     where: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

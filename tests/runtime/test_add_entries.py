@@ -17,7 +17,11 @@ from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
 from knnmoe.runtime.model import Model
 
 IDS = np.random.default_rng(2).integers(0, 256, 40)
-HOW = [{"gate": name} for name in ("onnx", "numpy", "two-stage", "faiss")] + [{"layout": "fused"}]
+HOW = [
+    *({"gate": gate} for gate in ("onnx", "two-stage")),
+    {"layout": "fused"},
+    *(pytest.param({"gate": gate}, marks=pytest.mark.slow) for gate in ("numpy", "faiss")),
+]
 PARTS = (slice(0, 200), slice(200, 230), slice(230, ENTRIES))
 
 
@@ -55,7 +59,7 @@ def packs(tmp_path: Path, tiny_bundle: Path) -> tuple[MemoryPack, MemoryPack]:
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("similarity", ["cosine", "rbf"])
+@pytest.mark.parametrize("similarity", ["cosine", pytest.param("rbf", marks=pytest.mark.slow)])
 def test_a_memory_with_entries_added_is_the_memory_of_all(
     tiny_bundle: Path, tmp_path: Path, how: dict[str, Any], similarity: Similarity
 ) -> None:
@@ -78,7 +82,7 @@ def test_a_memory_with_entries_added_is_the_memory_of_all(
     assert model.metrics.added_entries == 3 * 100
 
 
-@pytest.mark.parametrize("variant", ["logits", "assignment"])
+@pytest.mark.parametrize("variant", ["assignment", pytest.param("logits", marks=pytest.mark.slow)])
 def test_values_are_those_of_the_variant(
     tiny_bundle: Path, tmp_path: Path, variant: Variant
 ) -> None:
@@ -175,12 +179,16 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def covering_two(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("pack") / "two"
+    pack = pack_of(path, tiny_bundle, PARTS[0], gates=(0, 1))
+    return Model.load(tiny_bundle, memory=pack, threads=1)
+
+
 @pytest.mark.parametrize("bad", BAD)
-def test_what_cannot_be_added_is_named_and_nothing_is(
-    tiny_bundle: Path, tmp_path: Path, bad: str
-) -> None:
-    pack = pack_of(tmp_path / "pack", tiny_bundle, PARTS[0], gates=(0, 1))
-    model = Model.load(tiny_bundle, memory=pack, threads=1)
+def test_what_cannot_be_added_is_named_and_nothing_is(covering_two: Model, bad: str) -> None:
+    model = covering_two
     before = model.logits(IDS)
     keys, values = np.ones((5, 64)), np.ones((5, 8))
     nan = values.copy()
