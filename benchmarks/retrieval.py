@@ -5,7 +5,8 @@ r"""What retrieval adds to a decode step on the CPU, and where in a gate the tim
 OLMoE-1B-7B's shape cut to 4 layers, random weights, int4 with an int8 head; checkpoint, bundle and
 memories are made in the folder if they are not there. The frozen model and each memory take turns
 token by token in one process over the same segments, so whatever else the machine does meets all
-of them alike; CPU time is what the process worked. Memories are random entries, compressed to
+of them alike; CPU time is what the process worked, and what a memory adds the median over tokens of
+its step minus the frozen one's beside it. Memories are random entries, compressed to
 widths that are forced: random keys have no directions of their own, and which widths real ones
 need is not known from them. Calibration is of the kind that `knnmoe memory calibrate` chooses.
 
@@ -120,6 +121,7 @@ class Contender:
             "cpu_ratio": float(np.median(cpu) / np.median(frozen)),
             "cpu_ratio_least": float(np.percentile(cpu, 10) / np.percentile(frozen, 10)),
             "cpu_ms_added": float(np.median(cpu - frozen)),
+            "cpu_share_added": float(np.median(cpu - frozen) / np.median(frozen)),
             "wall_ratio": float(np.median(wall) / np.median(frozen_wall)),
             "gate_ms": float(np.median(self.gate_ms)),
             "gate_ms_least": float(np.percentile(self.gate_ms, 10)),
@@ -252,14 +254,17 @@ def main(folder: Path, cases: str, tokens: int, target: Path) -> None:
 def show(rows: dict[str, dict[str, Any]]) -> None:
     console = Console(width=140)
     table = Table(title="A decode step, 1 thread")
-    columns = ("entries-width-bits-candidates", "CPU ms", "× frozen", "of the least tenth",
-               "CPU ms added", "wall × frozen", "gate ms", "least tenth", "load s")  # fmt: skip
+    columns = (
+        "entries-width-bits-candidates", "CPU ms", "× frozen", "of the least tenth",
+        "CPU ms added", "share added", "wall × frozen", "gate ms", "least tenth", "load s",
+    )  # fmt: skip
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place else "left")
     for name, row in rows.items():
         table.add_row(
             name, f"{row['cpu_ms']:.1f}", f"{row['cpu_ratio']:.3f}",
             f"{row['cpu_ratio_least']:.3f}", f"{row['cpu_ms_added']:.2f}",
+            f"{row['cpu_share_added']:.1%}",
             f"{row['wall_ratio']:.3f}", f"{row['gate_ms']:.3f}", f"{row['gate_ms_least']:.3f}",
             f"{row['load_seconds']:.1f}" if "load_seconds" in row else "",
         )  # fmt: skip
