@@ -6,6 +6,11 @@ OTHER_PYTHONS ?= python3.13 python3.12 python3.10 $(wildcard $(HOME)/.pyenv/vers
 # Threads of torch that wait must not spin: on few or busy cores that costs more than half the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Processes that run tests side by side, each with one thread: their models are tiny.
+PYTEST_WORKERS ?= 2
+PYTEST = $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+test test-all test-main test-runtime: export OMP_NUM_THREADS ?= 1
+
 BIN := .venv/bin
 TEXTS := build/demo/texts
 RUN := $(BIN)/python
@@ -22,7 +27,7 @@ compare:
 test: lint test-main test-runtime
 
 test-all: lint texts
-	$(RUN) -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 	$(MAKE) test-runtime
 
 lint: .venv/ready
@@ -32,7 +37,7 @@ lint: .venv/ready
 	$(BIN)/mypy examples/*.py examples/demo/*.py benchmarks/*.py
 
 test-main: .venv/ready texts
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # The part an embedded device installs, on another Python, with neither torch nor onnx.
 test-runtime: .venv/ready

@@ -10,6 +10,7 @@ the profile, outputs without an address. Activation memory is overwritten by eve
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,17 +33,23 @@ def engine_file(graph: bytes, *, weights: Path, profile: dict[str, Any], neighbo
     return json.dumps(header).encode() + b"\n" + graph
 
 
+@lru_cache(maxsize=64)
+def session_of(graph: bytes, weights: str) -> ort.InferenceSession:
+    """What runs a graph; it keeps no state, so engines of the same graph and weights share it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", weights
+    )
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class Engine:
     def __init__(self, module: Any, blob: bytes) -> None:
         header, graph = blob.split(b"\n", 1)
         self.module, self.header = module, json.loads(header)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", self.header["weights"]
-        )
-        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.session = session_of(graph, self.header["weights"])
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.outputs = {item.name: item for item in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]

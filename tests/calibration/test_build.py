@@ -99,14 +99,16 @@ def test_entries_follow_the_text_and_can_be_traced_back_to_it(
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        ("qwen3_moe", "first and last layers dense, two in a row"),
+        pytest.param(
+            *("qwen3_moe", "first and last layers dense, two in a row"), marks=pytest.mark.slow
+        ),
         ("mixtral", "a window of 5, wide heads, many experts"),
         ("qwen2_moe", "windows of 6 in every other layer, last layer dense"),
-        ("gpt_oss", "plain"),
+        pytest.param(*("gpt_oss", "plain"), marks=pytest.mark.slow),
         ("gpt_oss", "experts in MXFP4"),
         ("deepseek_v2", "plain"),
         ("deepseek_v3", "plain"),
-        ("glm4_moe", "plain"),
+        pytest.param(*("glm4_moe", "plain"), marks=pytest.mark.slow),
     ],
 )
 def test_a_memory_of_any_family_belongs_to_its_bundle(

@@ -18,6 +18,7 @@ from knnmoe.export.families import FAMILIES
 from knnmoe.export.verify import CASES, verify
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.model import Model
+from thinned import thinned
 from tiny import KINDS, make_tiny
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -135,7 +136,20 @@ def likeliest(logits: np.ndarray, tokens: list[int]) -> int:
     return int(logits.argmax())
 
 
+# Fast are the plain kind of each family, and those with windows or groups of experts.
+on_some_fast = pytest.mark.parametrize(
+    "tiny",
+    thinned(
+        ((name,) for name in ALL),
+        lambda name: name[1] == "plain" or "window" in name[1] or "groups" in name[1],
+        " ".join,
+    ),
+    indirect=True,
+)
+
+
 @needs_torch
+@on_some_fast
 def test_experts_and_greedy_tokens_are_those_of_transformers(tiny: Tiny) -> None:
     import torch
 
@@ -172,6 +186,7 @@ def test_experts_and_greedy_tokens_are_those_of_transformers(tiny: Tiny) -> None
     assert generated == tokens
 
 
+@on_some_fast
 def test_split_and_fused_layouts_agree_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     pack = write_tiny_pack(tmp_path / "pack", tiny.bundle.path).path
     for memory in (None, pack):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from knnmoe.runtime.errors import (
     VerificationError,
 )
 from knnmoe.runtime.model import Model
+from thinned import thinned
 from tiny import KINDS, make_tiny, make_tiny_olmoe
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="the reference needs torch")
@@ -93,8 +95,13 @@ def test_it_computes_what_transformers_computes_on_the_stored_weights(exported, 
 
 
 @needs_torch
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "tied"),
+    thinned(
+        itertools.product(("fp16", "int8", "int4"), (False, True)),
+        lambda precision, tied: tied == (precision != "int8"),
+    ),
+)
 def test_a_tied_head_and_bfloat16_are_no_exception(tmp_path, precision, tied):
     source = make_tiny_olmoe(
         tmp_path / "c", seed=2, dtype="bfloat16", tie_word_embeddings=tied, shards=2, **SIZES
@@ -105,16 +112,21 @@ def test_a_tied_head_and_bfloat16_are_no_exception(tmp_path, precision, tied):
 
 
 @needs_torch
-@pytest.mark.parametrize("family", [name for name in KINDS if name != "olmoe"])
-def test_every_family_can_be_quantised(tmp_path, family):
-    for index, kind in enumerate(KINDS[family]):
-        widths = {"intermediate_size": 64, "shared_expert_intermediate_size": 64}
-        source = make_tiny(tmp_path / f"c{index}", family, kind, seed=1, **widths)
-        export(source, tmp_path / f"b{index}", precision="int4")
-        report = verify(source, Bundle.open(tmp_path / f"b{index}"))
-        assert report.max_abs_error <= 1e-4, kind
-        # Latent queries are one more rounding in a row.
-        assert 0 < report.activations < ROUNDING + 0.01 * family.startswith("deepseek"), kind
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    thinned(
+        ((family, kind) for family in KINDS if family != "olmoe" for kind in KINDS[family]),
+        lambda family, kind: kind == "plain",
+    ),
+)
+def test_every_family_can_be_quantised(tmp_path, family, kind):
+    widths = {"intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    source = make_tiny(tmp_path / "c", family, kind, seed=1, **widths)
+    export(source, tmp_path / "b", precision="int4")
+    report = verify(source, Bundle.open(tmp_path / "b"))
+    assert report.max_abs_error <= 1e-4
+    # Latent queries are one more rounding in a row.
+    assert 0 < report.activations < ROUNDING + 0.01 * family.startswith("deepseek")
 
 
 @needs_torch
@@ -347,7 +359,7 @@ def test_a_weight_that_is_not_a_number_is_refused(tmp_path, precision):
 def test_memory_stays_far_below_the_size_of_the_model(tmp_path):
     source = make_tiny_olmoe(
         tmp_path / "c", dtype="float16", hidden_size=512, intermediate_size=512,
-        num_experts=32, num_hidden_layers=2, vocab_size=4096,
+        num_experts=32, num_hidden_layers=1, vocab_size=4096,
     )  # fmt: skip
     tracemalloc.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import struct
@@ -32,6 +33,7 @@ from std_harness import (
     std_session,
     steps,
 )
+from thinned import thinned
 from tiny import KINDS as FAMILIES
 from tiny import make_tiny, make_tiny_olmoe
 
@@ -68,25 +70,29 @@ def name_of(way: StdOptions) -> str:
     return f"{way.operators}-{way.experts}-{way.host}"
 
 
-def named(kind: Any, way: StdOptions | None = None, *, slow: bool) -> Any:
-    name = kind if isinstance(kind, str) else " ".join(kind)
-    values, name = ((kind,), name) if way is None else ((kind, way), f"{name}-{name_of(way)}")
-    return pytest.param(*values, id=name, marks=pytest.mark.slow if slow else ())
+def kind_name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else " ".join(kind)
 
 
-def pairs() -> list[Any]:
-    """Every kind with every way; fast are the plain kind with all, and a third of the rest."""
-    fast = {(PLAIN, way) for way in ALL}
-    for number, kind in enumerate(kind for kind in VARIED if kind in FAST or kind in KINDS):
-        fast |= {(kind, way) for way in ALL[number % 3 :: 3]}
-    return [
-        named(kind, way, slow=(kind, way) not in fast) for kind in (PLAIN, *VARIED) for way in ALL
-    ]
-
-
-every_kind_and_way = pytest.mark.parametrize(("kind", "options"), pairs())
+# Fast are the plain kind with all ways, and others with a third of them each.
+OFTEN = [kind for kind in VARIED if kind in FAST or kind in KINDS]
+PAIRS = {(PLAIN, way) for way in ALL}
+PAIRS |= {(kind, way) for number, kind in enumerate(OFTEN) for way in ALL[number % 3 :: 3]}
+every_kind_and_way = pytest.mark.parametrize(
+    ("kind", "options"),
+    thinned(
+        itertools.product((PLAIN, *VARIED), ALL),
+        lambda *pair: pair in PAIRS,
+        lambda kind, way: f"{kind_name(kind)}-{name_of(way)}",
+    ),
+)
 every_kind = pytest.mark.parametrize(
-    "kind", [named(kind, slow=kind in OTHERS and kind not in FAST) for kind in (PLAIN, *VARIED)]
+    "kind",
+    thinned(
+        ((kind,) for kind in (PLAIN, *VARIED)),
+        lambda kind: kind in (PLAIN, *OFTEN[::2]),
+        kind_name,
+    ),
 )
 
 

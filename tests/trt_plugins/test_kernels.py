@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,16 @@ from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.two_stage import ScanKeys, knn_blend_in_two_stages
 from knnmoe.trt_plugins.plan import KEY_TYPES, Device, KeyType
 from memories import random_calibration, random_memory
+from thinned import thinned
 
 EXPERTS = 6
 
 
-def slow_unless(fast: bool) -> Any:
-    return () if fast else pytest.mark.slow
-
-
 # Every number of tokens under every schedule; fast is one schedule each, in turn.
-TOKENS_AND_SCHEDULES = [
-    pytest.param(tokens, schedule, marks=slow_unless(number == tokens % len(SCHEDULES)))
-    for tokens in range(1, 17)
-    for number, schedule in enumerate(SCHEDULES)
-]
+TOKENS_AND_SCHEDULES = thinned(
+    product(range(1, 17), SCHEDULES),
+    lambda tokens, schedule: schedule == SCHEDULES[tokens % len(SCHEDULES)],
+)
 SHUFFLED = {
     (1, "f32", True), (1, "f16", False), (2, "f32", False), (2, "f16", True), (2, "i8", False),
     (16, "f16", False), (16, "f32", True), (16, "i8", False), (17, "f32", False),
@@ -107,11 +104,10 @@ def test_hidden_sizes_of_real_models(key_type: KeyType, hidden: int, tokens: int
 
 @pytest.mark.parametrize(
     ("tokens", "two_stage"),
-    [
-        pytest.param(tokens, two_stage, marks=slow_unless(two_stage == (tokens == 3)))
-        for tokens in (1, 3, 17) for two_stage in (False, True)
-    ],
-)  # fmt: skip
+    thinned(
+        product((1, 3, 17), (False, True)), lambda tokens, two_stage: two_stage == (tokens == 3)
+    ),
+)
 def test_lists_of_hundreds_of_blocks_are_merged(tokens: int, two_stage: bool) -> None:
     """As on a large GPU: each warp of a team merges several times 32 blocks' lists."""
     memory = random_memory(13, entries=9600, hidden_size=8, k=40, calibration=random_calibration(1))
@@ -128,13 +124,14 @@ def test_lists_of_hundreds_of_blocks_are_merged(tokens: int, two_stage: bool) ->
 
 @pytest.mark.parametrize(
     ("tokens", "key_type", "two_stage"),
-    [
-        pytest.param(tokens, key_type, two_stage,
-                     marks=slow_unless((tokens, key_type, two_stage) in SHUFFLED))
-        for tokens in (1, 2, 16, 17, 33) for key_type in KEY_TYPES for two_stage in (False, True)
-        if not (two_stage and key_type == "i8")  # which is scanned as it is
-    ],
-)  # fmt: skip
+    thinned(
+        (
+            *product((1, 2, 16, 17, 33), KEY_TYPES, (False,)),
+            *product((1, 2, 16, 17, 33), FULL_TYPES, (True,)),
+        ),
+        lambda *case: case in SHUFFLED,
+    ),
+)
 def test_the_order_in_which_threads_run_changes_no_bit(
     tokens: int, key_type: KeyType, two_stage: bool
 ) -> None:
