@@ -169,6 +169,11 @@ def print_answer(answer: Answer, console: Console) -> None:
         f"Frozen {cost.frozen.ms:.3g} ms; a memory {cost.line.base:.3g} ms and "
         f"{1e3 * cost.line.slope:.3g} µs an entry, from {len(cost.sizes)} sizes."
     )
+    if answer.best.total < cost.sizes[-1].entries * cost.used_gates:
+        console.print(
+            "A memory that is cut gains less than its share: see `knnmoe eval --run-config`, and"
+            " `knnmoe memory compress --budget` for a smaller one that keeps more."
+        )
     for words in cost.bent:
         console.print(f"Not on the line: {words}.", style="yellow")
 
