@@ -100,7 +100,9 @@ class TwoStageGate(NumpyGate):
             scan = Int8Scan(scan_engine(memory, count, threads=engine.threads), memory, count)
             whole, many = memory, pays_for_many(memory)
         one_token = None
-        if frozen is not None and serves(memory, count):
+        # Its graph has what it scans once more, which of large int8 keys is too much.
+        small = isinstance(memory, CompressedMemory) or not many
+        if frozen is not None and small and serves(memory, count):
             one_token = OneTokenGate.over(memory, count, frozen, selection_bias)
         return TwoStageGate(
             rule=rule,

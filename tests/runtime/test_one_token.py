@@ -14,7 +14,7 @@ from knnmoe.runtime.blend import blend_found, knn_blend, prepare_queries
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
-from knnmoe.runtime.gates import one_token
+from knnmoe.runtime.gates import one_token, two_stage
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.memory import MemoryPack
@@ -226,6 +226,15 @@ def test_what_it_does_not_serve_is_left_to_the_graphs_of_the_bundle(gates: Gates
     assert gates.over(random_compressed(0, rule_first=True), 16).one_token is None
     # Candidates that do not exist would have to be masked.
     assert gates.over(random_compressed(0, n_valid=15), 16).one_token is None
+
+
+def test_large_int8_keys_are_not_held_twice(gates: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = random_memory(0, hidden_size=SIZE, num_experts=EXPERTS)
+    assert gates.over(memory, 16).one_token is not None
+    monkeypatch.setattr(two_stage, "MANY_SIZE", SIZE)
+    monkeypatch.setattr(two_stage, "MANY_ELEMENTS", memory.keys.size)
+    assert gates.over(memory, 16).one_token is None
+    assert gates.over(random_compressed(0), 16).one_token is not None
 
 
 def test_a_model_counts_evidence_alike_with_and_without_it_and_after_a_new_calibration(
