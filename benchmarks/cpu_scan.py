@@ -37,7 +37,7 @@ from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.engines.onnx_bytes import Node, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
-from knnmoe.runtime.gates.onnx import OnnxGate
+from knnmoe.runtime.gates.onnx import FROZEN, OnnxGate
 from knnmoe.runtime.gates.scan import scan_engine
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.routing import RoutingRule
@@ -151,12 +151,13 @@ def measure(
     operators: bool,
 ) -> list[dict[str, Any]]:
     """A row for each number of tokens."""
-    gate = gate_engine(memory, threads)
+    gate = gate_engine(memory, threads, memory.similarity)
+    frozen = gate_engine(memory, threads, FROZEN)
     started = perf_counter()
-    two_stage = TwoStageGate.over(gate, memory, RULE, TOP_K)
+    two_stage = TwoStageGate.over(gate, memory, RULE, TOP_K, frozen=frozen)
     built = perf_counter() - started
     exact = OnnxGate.over(gate, memory)
-    projected = TwoStageGate.over(gate, compressed, RULE, TOP_K)
+    projected = TwoStageGate.over(gate, compressed, RULE, TOP_K, frozen=frozen)
     engines = products(memory, threads) if operators else {}
     scan = scan_engine(memory, two_stage.candidates, threads=threads)
     rows = []
@@ -192,9 +193,8 @@ def measure(
     return rows
 
 
-def gate_engine(memory: GateMemory, threads: int) -> OrtEngine:
+def gate_engine(memory: GateMemory, threads: int, name: str) -> OrtEngine:
     shape = GateShape(memory.keys.shape[1], EXPERTS, TOP_K, RULE)
-    name = memory.similarity
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gate.onnx"
         onnx_ir.save(gate_graph(name, shape).model(gate_functions(name)), path)

@@ -109,7 +109,7 @@ class Contender:
 
     def parts(self, number: int) -> None:
         self.cache.lengths[:] = CONTEXT
-        times = self.pipeline.timed_step(self.cache, self.tokens[number][None, None])
+        times = self.pipeline.timed_step(self.cache, self.tokens[number][None, None]).host
         self.gate_ms.append([ms for name, ms in times.items() if name.startswith("gate")])
 
     def report(self, base: Contender) -> dict[str, Any]:

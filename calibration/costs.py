@@ -32,7 +32,12 @@ from knnmoe.runtime.errors import SettingError
 from knnmoe.runtime.gates.base import Gate, GateBuffers
 from knnmoe.runtime.gates.one_token import BLOCKED_ENTRIES
 from knnmoe.runtime.gates.onnx import FROZEN, OnnxGate, graph_name
-from knnmoe.runtime.gates.two_stage import SCANNED_ELEMENTS, TwoStageGate
+from knnmoe.runtime.gates.two_stage import (
+    MANY_ELEMENTS,
+    MANY_SIZE,
+    SCANNED_ELEMENTS,
+    TwoStageGate,
+)
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.projection import ProjectedKeys, block_size
 from knnmoe.runtime.stored_values import BITS, groups_of, store_values
@@ -120,12 +125,15 @@ def value_bytes(gate: GateShape) -> int:
 def plain_bytes(entries: int, hidden_size: int, experts: int) -> int:
     """What the runtime holds of a gate that is not compressed, as `auto` searches it.
 
-    That is all in fp32, and for large memories int8 keys to scan, twice as above.
+    That is all in fp32, and for large memories int8 keys to scan: twice as above, where they are
+    not so large that calls of one token have no graph of their own.
     """
     whole = entries * (4 * hidden_size + 8 + 4 * experts + 4) + 4 * hidden_size
-    if entries * hidden_size < SCANNED_ELEMENTS:
+    elements = entries * hidden_size
+    if elements < SCANNED_ELEMENTS:
         return whole
-    return whole + 2 * entries * (hidden_size + 4 + 4)
+    largest = hidden_size >= MANY_SIZE and elements >= MANY_ELEMENTS
+    return whole + (1 if largest else 2) * entries * (hidden_size + 4 + 4)
 
 
 @dataclass(frozen=True)
