@@ -106,7 +106,7 @@ def _fitting(points: Sequence[Point], console: Console) -> Table:
     from rich.measure import Measurement
 
     left_out: tuple[str, ...] = ()
-    for name in ("", "p90", "max", "95 %", "tok/s"):
+    for name in ("", "max", "p90", "tok/s", "95 %"):
         left_out += (name,)
         table = _points_table(points, left_out)
         endless = console.options.update(width=1000)
