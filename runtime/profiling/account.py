@@ -89,11 +89,9 @@ def _gate_bytes(gate: Gate) -> int:
     inputs = getattr(scan, "inputs", None)  # of a compressed memory: what candidates come from
     stored = {} if inputs is None else {name: inputs[name] for name in ("keys", "key_codes")
                                         if name in inputs}  # fmt: skip
-    return (
-        total
-        + len(memory.values) * int(scan.width) * int(scan.bits) // 8
-        + _distinct(stored.values())
-    )
+    scanned = len(memory.values) * int(scan.width) * int(scan.bits) // 8
+    graphs = 1 if getattr(gate, "one_token", None) is None else 2  # that of one token has its own
+    return total + graphs * scanned + _distinct(stored.values())
 
 
 def _distinct(arrays: Any) -> int:
