@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from knnmoe.runtime.bundle import PRECISIONS, ModelShape, Quantization
+from knnmoe.runtime.bundle import ModelShape, Quantization
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.selection_bias import TENSOR
@@ -39,9 +39,6 @@ class Described:
             CheckpointError: If its family is not described, or it is not as described.
         """
         return Described(source, describe(source, family_of(source)))
-
-    precisions = PRECISIONS
-    links = True
 
     @property
     def name(self) -> str:

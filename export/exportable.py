@@ -51,14 +51,6 @@ class Exportable(Protocol):
     def left_out(self) -> tuple[str, ...]:
         """Tensors of the checkpoint that no bundle has."""
 
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """In which its weights can be stored."""
-
-    @property
-    def links(self) -> bool:
-        """Whether its weights may be used where they lie in the checkpoint."""
-
     def segment_layers(self, segment: int) -> tuple[int, ...]:
         """The layers whose key-value cache a segment holds."""
 

@@ -37,7 +37,7 @@ from knnmoe.runtime.errors import BackendError, CheckpointError, OutputError, Se
 
 from .described import Described
 from .exportable import Exportable, Graphs
-from .frontends import DESCRIPTION, FRONTENDS, TORCH
+from .frontends import DESCRIPTION, FRONTENDS, TORCH, TRACED_PRECISIONS
 from .gate_graphs import GateShape, gate_functions, gate_graph
 from .graph import GraphBuilder, save
 from .links import Links, make_links, plan_links
@@ -148,10 +148,12 @@ def plan_export(
     """Check a checkpoint and say what its bundle would hold; arguments and errors of `export`."""
     if frontend not in FRONTENDS:
         raise SettingError("frontend", "unknown", expected=" or ".join(FRONTENDS), found=frontend)
+    if frontend == TORCH:
+        _check_traceable(precision, link)
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     refuse_remote_code(source, traced=frontend == TORCH)
     refuse_packed(source)
-    model = _traced(source, precision, link) if frontend == TORCH else Described.of(source)
+    model = _traced(source) if frontend == TORCH else Described.of(source)
     room = _experts_per_token(model, experts_per_token)
     planned = {
         f"{index:02d}.safetensors": model.weights(index)
@@ -385,8 +387,8 @@ def _plan_selection_biases(model: Exportable) -> tuple[PlannedFile, ...]:
     return () if planned is None else (plan_file(Path(SELECTION_BIAS).name, [planned]),)
 
 
-def _traced(source: Checkpoint, precision: str, link: bool) -> Exportable:
-    """A checkpoint as torch traces it; what traces have no weights for is refused before."""
+def _check_traceable(precision: str, link: bool) -> None:
+    """Refuse what traces cannot have, before anything is loaded."""
     for package in ("torch", "transformers"):
         if find_spec(package) is None:
             raise BackendError(
@@ -394,13 +396,11 @@ def _traced(source: Checkpoint, precision: str, link: bool) -> Exportable:
                 f"needs the package {package}, which is not installed",
                 fix=f"Run `pip install 'knnmoe[train]'`, or leave --frontend {TORCH} out.",
             )
-    from .torch_frontend.frontend import Traced
-
-    if precision not in Traced.precisions:
+    if precision not in TRACED_PRECISIONS:
         raise SettingError(
             "precision",
             "is not to be had for a traced bundle, whose projections are not told apart",
-            expected=" or ".join(Traced.precisions),
+            expected=" or ".join(TRACED_PRECISIONS),
             found=precision,
         )
     if link:
@@ -410,6 +410,11 @@ def _traced(source: Checkpoint, precision: str, link: bool) -> Exportable:
             "checkpoint's",
             fix="Leave --link out.",
         )
+
+
+def _traced(source: Checkpoint) -> Exportable:
+    from .torch_frontend.frontend import Traced  # here, because it brings torch along
+
     return Traced.of(source)
 
 

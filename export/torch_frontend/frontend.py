@@ -43,8 +43,6 @@ class Traced:
     gates: tuple[Routing, ...]
     names: Mapping[Node, str]
 
-    precisions = ("fp32", "fp16")
-    links = False
     left_out: tuple[str, ...] = ()
 
     @staticmethod

@@ -274,6 +274,8 @@ class _Writer:
 
     def value(self, argument: Any) -> ir.Value:
         """The value of a node."""
+        if argument not in self._values:
+            raise NotImplementedError("a number that depends on the text's length")
         found: ir.Value = self._values[argument]
         return found
 

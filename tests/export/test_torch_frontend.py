@@ -19,7 +19,7 @@ from knnmoe.export.exporter import export, plan_export  # noqa: E402
 from knnmoe.export.std import StdModel, StdOptions  # noqa: E402
 from knnmoe.export.verify import CASES, verify  # noqa: E402
 from knnmoe.runtime.bundle import Bundle  # noqa: E402
-from knnmoe.runtime.errors import BundleError, CheckpointError, SettingError  # noqa: E402
+from knnmoe.runtime.errors import BackendError, BundleError, CheckpointError, SettingError  # noqa: E402
 from knnmoe.runtime.model import Model  # noqa: E402
 from knnmoe.runtime.routing import RoutingRule  # noqa: E402
 from tiny import make_tiny, write_tiny_tokenizer  # noqa: E402
@@ -163,6 +163,15 @@ def test_what_a_trace_has_not_is_refused_before_it_is_made(
         plan_export(checkpoint, **({"frontend": "torch"} | options))
 
 
+def test_without_torch_the_frontend_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_tiny(tmp_path / "c", "mixtral")
+    monkeypatch.setattr("knnmoe.export.exporter.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="frontend torch: needs the package torch"):
+        plan_export(checkpoint, frontend="torch")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -271,17 +280,19 @@ def expected_continuation(checkpoint: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("family", "changes", "message"),
     [
-        ("phimoe", "router of gate 0: routes by no rule that is known"),
-        ("jamba", "by other means than attention|cannot be run with its attention exchanged"),
+        ("phimoe", {}, "router of gate 0: routes by no rule that is known"),
+        ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1},
+         "from one token to another by other means than attention"),
+        ("jamba", {"num_hidden_layers": 2}, "has no attention that transformers can exchange"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_expressed_is_refused_by_name(
-    tmp_path: Path, family: str, message: str
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        plan_export(make_other(tmp_path / "c", family), frontend="torch")
+        plan_export(make_other(tmp_path / "c", family, **changes), frontend="torch")
 
 
 @pytest.mark.slow
