@@ -208,6 +208,31 @@ def cut(w: Writer, node: Node) -> ir.Value:
     return w.g.op("Slice", w.value(source), starts, ends, w.g.ints(axis), steps)
 
 
+def paste(w: Writer, node: Node) -> ir.Value:
+    """A tensor with a part of an axis replaced."""
+    whole, part, axis = *_args(node)[:2], _argument(node, 2, "dim", 0)
+    start, end = _argument(node, 3, "start") or 0, _argument(node, 4, "end")
+    size, axis = _val(node).shape[axis], _axis(axis, _val(node).ndim)
+    if _val(part).shape[axis] == size:  # all of it
+        return w.value(part)
+    if not all(isinstance(n, int) for n in (start, size)) or _argument(node, 5, "step", 1) != 1:
+        raise NotImplementedError("a part of an axis whose bounds depend on the text's length")
+    start, end = (max(0, min(size, n + size if n < 0 else n)) for n in (start, end or size))
+    value, pieces = w.value(whole), [w.value(part)]
+    if start:
+        pieces.insert(0, w.g.op("Slice", value, w.g.ints(0), w.g.ints(start), w.g.ints(axis)))
+    if end < size:
+        pieces.append(w.g.op("Slice", value, w.g.ints(end), w.g.ints(size), w.g.ints(axis)))
+    return w.g.op("Concat", *pieces, axis=axis)
+
+
+def copy(w: Writer, node: Node) -> ir.Value:
+    """One tensor in the shape and dtype of another."""
+    value = operand(w, _args(node)[1], _val(node).dtype)
+    same_shape = _val(_args(node)[1]).shape == _val(node).shape
+    return value if same_shape else w.g.op("Expand", value, w.lengths(node))
+
+
 def select(w: Writer, node: Node) -> ir.Value:
     """One index of an axis."""
     index = w.g.constant(_args(node)[2], np.int64)
@@ -321,7 +346,9 @@ def where(w: Writer, node: Node) -> ir.Value:
 def full(w: Writer, node: Node) -> ir.Value:
     """One number, everywhere; of `zeros` and `ones`, and of those like another tensor."""
     name = str(node.target)
-    number = 1 if "ones" in name else 0 if "zeros" in name else _args(node)[1]
+    known = {"ones": 1, "zeros": 0, "empty": 0}  # what is empty is written over
+    number = next((n for word, n in known.items() if word in name), None)
+    number = _args(node)[1] if number is None else number
     dtype = DTYPES[_val(node).dtype][1]
     return w.g.op("Expand", w.g.constant(number, dtype), w.lengths(node))
 
@@ -365,6 +392,7 @@ TABLE: dict[Any, Entry] = {
         (
             aten.full.default, aten.full_like.default, aten.zeros.default, aten.zeros_like.default,
             aten.ones.default, aten.ones_like.default, aten.new_zeros.default,
+            aten.new_empty.default, aten.empty.memory_format,
             aten.new_ones.default,
         ),
         full,
@@ -412,6 +440,8 @@ TABLE: dict[Any, Entry] = {
     aten.permute.default: permute,
     aten.expand.default: expand,
     aten.slice.Tensor: cut,
+    aten.slice_scatter.default: paste,
+    aten.copy.default: copy,
     aten.select.int: select,
     aten.stack.default: stack,
     aten.unsqueeze.default: unsqueeze,

@@ -218,11 +218,6 @@ def _shape(
             f"{source.path / CONFIG}: max_position_embeddings", "is missing",
             expected="the longest text that the model takes", found=positions, fix=OTHER_FAMILY,
         )  # fmt: skip
-    if value_size > size:
-        raise CheckpointError(
-            "attention", "has values wider than its keys", expected=f"at most {size}",
-            found=value_size, fix=OTHER_FAMILY,
-        )  # fmt: skip
     widths = {
         (int(s.router_input.meta["val"].shape[-1]), int(s.logits.meta["val"].shape[-1]))
         for s in sites
@@ -241,6 +236,6 @@ def _shape(
         num_experts=experts,
         num_heads=int(heads),
         num_kv_heads=int(kv_heads),
-        head_size=int(size),
+        head_size=max(int(size), int(value_size)),
         max_positions=positions,
     )

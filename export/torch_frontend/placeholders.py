@@ -43,7 +43,7 @@ _library.register_fake(f"{NAME}::experts", _experts_shape, lib=_LIBRARY)
 
 
 def traced_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, as one node; the mask is known from `probing`."""
     scale, softcap = attention_numbers(query, settings)

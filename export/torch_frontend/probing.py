@@ -47,9 +47,9 @@ def attention_windows(model: Any) -> tuple[int | None, ...]:
     windows: list[int | None] = []
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
     ) -> tuple[Tensor, None]:
-        windows.append(_window(module, mask, settings))
+        windows.append(_window(module, attention_mask, settings))
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
 

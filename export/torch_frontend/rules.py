@@ -22,7 +22,7 @@ from knnmoe.runtime.routing import GROUP_SCORES, SCORES, RoutingRule
 
 from .gates import Site, routing_nodes
 from .loading import OTHER_FAMILY
-from .tracing import Trace
+from .tracing import Trace, is_size
 
 _ROWS = 256
 _FEW = 16  # rows that most rules are out after
@@ -91,7 +91,8 @@ def _observe(trace: Trace, site: Site) -> Observed:
     rng = np.random.default_rng(0)
     sizes = rng.choice([0.05, 0.5, 2.0, 5.0], (_ROWS, 1))
     logits = (rng.normal(size=(_ROWS, experts)) * sizes).astype(np.float32)
-    values: dict[Node, Any] = {trace.input_ids: torch.zeros(1, _ROWS, dtype=torch.long)}
+    inputs = (trace.input_ids, trace.position_ids)
+    values: dict[Node, Any] = dict.fromkeys(inputs, torch.zeros(1, _ROWS, dtype=torch.long))
     shape = (1, _ROWS, experts) if site.logits.meta["val"].ndim == 3 else (_ROWS, experts)
     values[site.logits] = torch.from_numpy(logits).reshape(shape)
 
@@ -106,9 +107,9 @@ def _observe(trace: Trace, site: Site) -> Observed:
             if node.op == "placeholder" and node in trace.tensors:
                 values[node] = trace.tensors[node]
                 continue
-            if node.op == "placeholder":
+            if not is_size(node) and any(source in inputs for source in node.all_input_nodes):
                 raise CheckpointError(
-                    f"router of {site.name}", "routes by positions", fix=OTHER_FAMILY
+                    f"router of {site.name}", "routes by tokens or positions", fix=OTHER_FAMILY
                 )
             assert callable(node.target)
             arguments, named = map_arg((node.args, node.kwargs), given)

@@ -146,7 +146,7 @@ def trace(model: Any) -> Trace:
             )
             met = tuple(modules)
             found = _read(program, met)
-            if any(_changes_in_place(node) for node in found.needed([found.output])):
+            if not _is_pure(found):
                 # Takes twice as long as the export itself.
                 found = _read(program.run_decompositions({}), met)
     except Exception as error:  # torch.export raises of many kinds
@@ -189,12 +189,38 @@ def _read(program: Any, experts: tuple[Any, ...]) -> Trace:
     )
 
 
-def _changes_in_place(node: Node) -> bool:
-    """Whether a node is no function of its arguments, or stands for several others."""
-    if node.op != "call_function" or node.target is operator.getitem:
-        return node.op == "get_attr"
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or bool(schema.is_mutable)
+def _is_pure(found: Trace) -> bool:
+    """Whether what graphs are made of is changed nowhere in place, and is no graph of its own.
+
+    What the routers change in place may stay: it is run as it is, if each change is seen by who
+    reads it. Changes through a view are not.
+    """
+    needed, run = set(found.needed([found.output])), set(descend([found.output]))
+    for node in found.nodes:
+        if node.op == "get_attr" and node in run:
+            return False
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            if node in run:
+                return False
+        elif schema.is_mutable:
+            changed = set(_viewed(node))
+            if changed & needed or (changed & run and node not in run):
+                return False
+    return True
+
+
+def _viewed(node: Node) -> Iterator[Node]:
+    """What a node is a view of, or changes: its first argument, what that is a view of, and on."""
+    while node.op == "call_function" and node.all_input_nodes:
+        schema = getattr(node.target, "_schema", None)
+        aliased = schema is not None and bool(schema.arguments) and schema.arguments[0].alias_info
+        if not aliased and node.target is not operator.getitem:
+            return
+        node = node.all_input_nodes[0]
+        yield node
 
 
 def _distinct(tensors: Mapping[Node, Tensor], names: Mapping[Node, str]) -> dict[Node, str]:

@@ -250,7 +250,7 @@ OTHERS = ["granitemoe", "flex_olmo", "hunyuan_v1_moe", "minimax_m2", "ernie4_5_m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral", *OTHERS])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral", "deepseek_v3", *OTHERS])
 def test_every_family_agrees_with_transformers(tmp_path: Path, family: str) -> None:
     make = make_other if family in OTHERS else make_tiny
     checkpoint = make(tmp_path / "c", family)
