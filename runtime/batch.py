@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Cache
-from .generation import Completion, Decoder, Event, Stopwatch, Writer, check_prompt, completion
+from .errors import BackendError
+from .generation import (
+    Completion,
+    Decoder,
+    Event,
+    Stopwatch,
+    Writer,
+    check_prompt,
+    completion,
+    not_finite,
+)
 from .metrics import Meter
 from .pipeline import Pipeline
 from .sampling import GenerationConfig
@@ -62,10 +72,18 @@ def _write(
         tokens, real = ids, lengths
         while running.any():
             start = perf_counter()
+            past = cache.lengths.copy()
             logits = pipeline.step(cache, tokens, real)
             counts[0].step(tokens.shape[1], perf_counter() - start)
             for row in np.flatnonzero(running):
-                event = writers[row].next(logits[row])
+                try:
+                    event = writers[row].next(logits[row])
+                except BackendError as error:  # rare, so that it may cost a step to say where
+                    cache.lengths[:] = past
+                    part = pipeline.first_nonfinite(cache, tokens, real)
+                    last = past[row] + real[row] - 1
+                    step = f"text {row}, step over tokens {past[row]} to {last}"
+                    raise not_finite(step, part) from error
                 stopwatches[row].tick()
                 events[row].append(event)
                 counts[row].token()

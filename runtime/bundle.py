@@ -307,6 +307,12 @@ def _check_whole(top: Fields, manifest: Manifest) -> None:
             expected=f"0 to {shape.num_layers - 1} in order",
             found=layers[:20],
         )
+    for spec in manifest.segments[-1].outputs:
+        if spec.name == "logits" and spec.shape[-1:] != (shape.vocab_size,):
+            raise top.wrong(
+                "architecture.vocab_size", "is not the width of the logits",
+                expected=spec.shape[-1:], found=shape.vocab_size,
+            )  # fmt: skip
     for name in manifest.gates:
         if name not in GATE_GRAPHS:
             raise top.wrong(f"gates.{name}", "unknown gate graph", expected=GATE_GRAPHS)

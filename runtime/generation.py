@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import BackendError, InputError
 from .sampling import GenerationConfig, Sampler, likeliest_tokens
 from .tokenizer import TextStream
 
@@ -239,6 +239,22 @@ def check_tokens(prompt_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64
             found=int(wrong),
         )
     return ids.astype(np.int64)
+
+
+def not_finite(step: str, part: str | None) -> BackendError:
+    """The error of a step whose logits are not numbers.
+
+    Args:
+        step: Which one.
+        part: The first segment or gate that left such numbers; None if only the logits are.
+    """
+    return BackendError(
+        f"{step}: {part or 'logits'}",
+        "leaves numbers that are not finite",
+        expected="finite numbers",
+        fix="Check the bundle with `knnmoe-export --verify`, and the memory with "
+        "`knnmoe memory inspect`.",
+    )
 
 
 class StopStrings:

@@ -54,10 +54,12 @@ from .pack_files import (
     MANIFEST,
     REBUILD,
     PackFile,
+    Seen,
     TensorSpecs,
     check_file,
     link_tensors,
     read_tensors,
+    seen_as,
     write_manifest,
     write_tensors,
 )
@@ -177,6 +179,7 @@ class MemoryPack:
             alone, and not the ones of background text.
         calibrated: Whether held-out text has chosen the settings (`knnmoe memory calibrate`).
         most_entries: Of a gate, that a model uses; None uses all (see `RunConfig`).
+        seen: By file, as which its hash was found right.
     """
 
     path: Path
@@ -191,6 +194,7 @@ class MemoryPack:
     evidence: EvidenceFrom = "all"
     calibrated: bool = False
     most_entries: int | None = None
+    seen: Mapping[str, Seen] = field(default_factory=dict)
 
     @staticmethod
     def open(path: str | Path, *, verify: bool = True) -> MemoryPack:
@@ -198,9 +202,13 @@ class MemoryPack:
         root = Path(path)
         pack = _parse(root, KIND.read(root))
         files = [gate.stored for gate in pack.gates] + ([pack.origins] if pack.origins else [])
+        seen = {}
         for stored in files:
+            found = seen_as(root / stored.file)
             check_file(root, stored, verify)
-        return pack
+            if verify and found is not None:
+                seen[stored.file] = found
+        return replace(pack, seen=seen)
 
     @property
     def entries(self) -> int:
@@ -436,8 +444,19 @@ class MemoryPack:
         selection_bias: NDArray[np.float32] | None = None,
     ) -> Memory:
         """One gate's memory: compressed where a projection serves this use, else `gate_memory`."""
-        found = self.compressed_memory(gate, rule, selection_bias)
-        return self.gate_memory(gate, rule, selection_bias) if found is None else found
+        path = self.path / gate.stored.file
+        # The pack was hashed when it was opened; what was put in its place since is hashed again.
+        before = seen_as(path)
+        if before is None or before != self.seen.get(gate.stored.file):
+            check_file(self.path, gate.stored, verify=True)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+            found: Memory | None = self.compressed_memory(gate, rule, selection_bias)
+            if found is None:
+                found = self.gate_memory(gate, rule, selection_bias)
+        if seen_as(path) != before:
+            check_file(self.path, gate.stored, verify=True)
+        _check_finite(path, found)
+        return found
 
     def compressed_memory(
         self,
@@ -541,6 +560,18 @@ class MemoryPack:
         if self.variant == "logits":
             return cast(NDArray[np.float32], learned)
         return rule.assignments(learned, selection_bias)
+
+
+def _check_finite(path: Path, memory: Memory) -> None:
+    """Raise `MemoryPackError` if finite numbers of a file made others: sums, squares of keys."""
+    made = {"values": memory.values}
+    if isinstance(memory, GateMemory):
+        made["squares of the keys"] = memory.key_scales
+    for name, array in made.items():
+        if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            raise MemoryPackError(
+                path, f"its numbers are so large that {name} are not finite", fix=REBUILD
+            )
 
 
 def prepare_keys(

@@ -57,6 +57,18 @@ def link_tensors(directory: Path, name: str, source: Path) -> PackFile:
     return PackFile(name, stated.sha256, stated.size)
 
 
+Seen = tuple[int, int, int, int]
+
+
+def seen_as(path: Path) -> Seen | None:
+    """What tells a file from another put in its place, or from itself written to; None if gone."""
+    try:
+        stated = path.stat()
+    except OSError:
+        return None
+    return stated.st_dev, stated.st_ino, stated.st_size, stated.st_mtime_ns
+
+
 def check_file(root: Path, stored: PackFile, verify: bool) -> None:
     """Raise `MemoryPackError` unless the file is there as stated; `verify` compares its hash."""
     path = root / stored.file

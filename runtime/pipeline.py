@@ -137,13 +137,18 @@ class Pipeline:
         else:
             self.layout.recall(cache, evidence)
 
-    def first_nonfinite(self, cache: Cache, input_ids: NDArray[np.int64]) -> str | None:
+    def first_nonfinite(
+        self,
+        cache: Cache,
+        input_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64] | None = None,
+    ) -> str | None:
         """Run a step part by part: the first part that leaves NaN or infinite numbers, or None.
 
-        The cache is of no use afterwards.
+        The cache is of no use afterwards. Arguments as of `step`.
         """
         ids = np.asarray(input_ids, np.int64)
-        counts = np.full(cache.batch, ids.shape[1], np.int64)
+        counts = np.full(cache.batch, ids.shape[1], np.int64) if lengths is None else lengths
         plan = self._fill(self.layout, cache, ids, counts, "last")
         return plan.bound.first_nonfinite()
 

@@ -25,6 +25,7 @@ from .generation import (
     check_tokens,
     collect,
     completion,
+    not_finite,
 )
 from .layouts import GateRecord
 from .metrics import Meter, TextCount
@@ -368,13 +369,8 @@ class Session:
                 self._cache.lengths[:] = place
                 part = self._pipeline.first_nonfinite(self._cache, np.array([tokens], np.int64))
                 self._forget()
-            raise BackendError(
-                f"step over tokens {place} to {place + len(tokens) - 1}: {part or 'logits'}",
-                "leaves numbers that are not finite",
-                expected="finite numbers",
-                fix="Check the bundle with `knnmoe-export --verify`, and the memory with "
-                "`knnmoe memory inspect`.",
-            ) from error
+            step = f"step over tokens {place} to {place + len(tokens) - 1}"
+            raise not_finite(step, part) from error
 
     def _begin(self) -> int:
         with self._lock:
