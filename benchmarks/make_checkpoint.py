@@ -39,6 +39,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "attention_bias": False, "clip_qkv": None,
     },
+    "demo-512": {  # the demo's model, four times as wide
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe",
+        "vocab_size": 3072, "hidden_size": 512, "intermediate_size": 384,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": False,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "attention_bias": False, "clip_qkv": None,
+    },
     "qwen3-30b-a3b": {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,

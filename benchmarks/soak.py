@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from knnmoe.runtime import Hooks, MemoryPack, Model, StepRecord
 from knnmoe.runtime.errors import MemoryPackError
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTLED = 0.2  # of the samples, after which growth is looked for
+SETTLED = 0.5  # of the samples, after which growth is looked for
 ALLOWED_GROWTH = 0.05  # of resident memory, over the run
 LEAST_GROWTH = 16 << 20  # bytes: allocators keep some
 
@@ -128,10 +128,11 @@ class Talker:
 
         def on_step(step: StepRecord) -> None:
             self.steps += 1
-            made.append((step, session.tokens[step.past : step.past + step.tokens]))
+            made.append((step, own().tokens[step.past : step.past + step.tokens]))
 
         ignored = (lambda ids, records: None) if traced else None
         session = model.session(hooks=Hooks(on_step=on_step, on_route=ignored), **settings)
+        own: Callable[[], Any] = weakref.ref(session)  # without a cycle
         told: dict[str, Any] = {"session": self.number, **settings, "traced": traced, "calls": []}
         text: list[int] = []
         for _ in range(draw.randint(1, 4)):

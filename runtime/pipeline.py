@@ -30,6 +30,11 @@ class _Plan:
     bound: BoundStep
 
 
+def _longest(cache: Cache) -> int:
+    """Tokens of the longest sequence."""
+    return int(cache.lengths[0] if cache.batch == 1 else cache.lengths.max())
+
+
 class Pipeline:
     """Runs steps over caches. It has no state but the layout: threads share it, each with a cache.
 
@@ -200,7 +205,14 @@ class Pipeline:
                 expected=f"[{cache.batch}, S >= 1]",
                 found=list(ids.shape),
             )
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
+        # One token is looked at as a number: a reduction by NumPy takes some microseconds.
+        one = int(ids[0, 0]) if ids.size == 1 else None
+        in_range = (
+            0 <= one < self.vocab_size
+            if one is not None
+            else ids.min() >= 0 and ids.max() < self.vocab_size
+        )
+        if not in_range:
             raise InputError(
                 "input_ids",
                 "token id outside the vocabulary",
@@ -219,7 +231,7 @@ class Pipeline:
                     expected=f"[{cache.batch}] from {least} to S, S at least once",
                     found=counts.tolist(),
                 )
-        longest = int(cache.lengths.max()) + ids.shape[1]
+        longest = _longest(cache) + ids.shape[1]
         if longest > cache.capacity:
             raise InputError(
                 "input_ids",
@@ -243,6 +255,14 @@ class Pipeline:
         plan = self._plan(layout, cache, ids.shape[1], rows, traced)
         buffers = plan.buffers
         buffers.input_ids[...] = ids
+        if cache.batch == 1:  # numbers, not arrays of one: a dozen calls of NumPy less a step
+            past, count = int(cache.lengths[0]), int(counts[0])
+            buffers.lengths[0], buffers.past_lengths[0] = count, past
+            buffers.seqlens_k[0] = past + max(count, 1) - 1
+            buffers.total_sequence_length[...] = past + ids.shape[1]
+            if rows == "last":
+                buffers.logit_rows[0] = max(count, 1) - 1
+            return plan
         buffers.lengths[...] = counts
         buffers.past_lengths[...] = cache.lengths
         # A sequence without a real token (a padded column) writes beyond its end, where the next
