@@ -5,13 +5,16 @@ does. Then one segment of the second run takes longer by a tenth of its own time
 is to name it, and nothing else. Of pairs of the same, the joint 95 % intervals of all parts should
 leave out 1 in about one pair of twenty.
 
+How fast a shared machine runs changes from one run to the next, which no interval of one run can
+know: `--together` measures both of a pair turn by turn instead.
+
     python benchmarks/profile_repeatability.py BUNDLE --memory PACK
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter_ns
@@ -65,16 +68,21 @@ def slowed(pipeline: Pipeline, segment: int, more: float) -> Pipeline:
     return Pipeline(HostLayout(replace(wiring, segments=tuple(segments))))
 
 
-def record_of(pipeline: Pipeline, subject: Subject, steps: int, entries: int) -> ProfileRecord:
-    """Decode steps of one pipeline as a record."""
+def records_of(
+    pipelines: Sequence[Pipeline], subject: Subject, steps: int, entries: int
+) -> list[ProfileRecord]:
+    """Decode steps of some pipelines, measured turn by turn, as a record each."""
     grid = fit_grid(
-        pipeline.max_positions, phases=("decode",), entries=(entries,), steps=steps, warmup=10
+        pipelines[0].max_positions, phases=("decode",), entries=(entries,), steps=steps, warmup=10
     )
-    bench = Bench(points_of([Target(pipeline, "split", entries)], grid), grid)
+    targets = [Target(pipeline, "split", entries) for pipeline in pipelines]
+    bench = Bench(points_of(targets, grid), grid)
     bench.measure()
     nothing = Resident(None, None, None, None, None, None)
-    points = tuple(point.point() for point in bench.points)
-    return ProfileRecord(subject, {}, grid, points, None, nothing, "", True)
+    return [
+        ProfileRecord(subject, {}, grid, (point.point(),), None, nothing, "", True)
+        for point in bench.points
+    ]
 
 
 @click.command()
@@ -85,10 +93,11 @@ def record_of(pipeline: Pipeline, subject: Subject, steps: int, entries: int) ->
 @click.option("--segment", default=2, show_default=True, help="Which one is made slower.")
 @click.option("--more", default=0.1, show_default=True, help="By what share of its time.")
 @click.option("--quantile", default=0.5, show_default=True, help="That is compared.")
+@click.option("--together", is_flag=True, help="Both runs of a pair turn by turn in one.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the figures here (JSON).")
 def main(
     bundle: Path, memory: Path | None, pairs: int, steps: int, segment: int, more: float,
-    quantile: float, output: Path | None,
+    quantile: float, together: bool, output: Path | None,
 ) -> None:  # fmt: skip
     """Compare pairs of runs of the same, and of one with a slower segment."""
     console = Console(stderr=True)
@@ -104,9 +113,10 @@ def main(
     found: dict[str, Any] = {"same": [], "slower": []}
     moments = [{**sensors(), "spin": spin()}]
     for pair in range(pairs):
-        before = record_of(model.pipeline, subject, steps, entries)
-        for kind, pipeline in (("same", model.pipeline), ("slower", slower)):
-            after = record_of(pipeline, subject, steps, entries)
+        for kind, pipeline in (("same", Pipeline(model.pipeline.layout)), ("slower", slower)):
+            pipelines = (model.pipeline, pipeline)
+            runs = [pipelines] if together else [(each,) for each in pipelines]
+            before, after = (r for run in runs for r in records_of(run, subject, steps, entries))
             compared = compare(before, after, limit=0.0, quantile=quantile, seed=pair)
             outside = {
                 c.part: round(c.ratio, 3)
@@ -124,6 +134,7 @@ def main(
         "pairs": pairs,
         "steps": steps,
         "quantile": quantile,
+        "together": together,
         "same_within": sum(not pair["outside"] for pair in same),
         "slower_found": sum(pair["outside"].get(named, 0) > 1 for pair in hurt),
         "others_named": sum(any(part not in (named, "whole step") for part in pair["outside"])
