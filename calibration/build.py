@@ -16,7 +16,7 @@ import transformers
 from numpy.typing import NDArray
 
 import knnmoe
-from knnmoe.runtime.atomic import check_free_space, check_replaceable
+from knnmoe.runtime.atomic import check_free_space, check_replaceable, stated_failures
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.conversations import Conversations
@@ -134,9 +134,14 @@ def build_memory(
     device, dtype = resolved(settings)
     settings = replace(settings, device=device, dtype=dtype)
     opened = Checkpoint.open(checkpoint)
-    reference, backdrop = _read_texts(opened, references, background, settings, target)
+    with stated_failures(target.absolute()):
+        reference, backdrop = _read_texts(opened, references, background, settings, target)
     recipe = Recipe(Path(checkpoint).absolute(), settings, workers.threads)
-    with memory_for("building the memory", fix=_LESS), open_learners(recipe, workers) as learners:
+    with (
+        stated_failures(target.absolute()),
+        memory_for("building the memory", fix=_LESS),
+        open_learners(recipe, workers) as learners,
+    ):
         shape = learners.shape
         gates = parse_gates(settings.gates, shape.num_gates)
         identity = ModelIdentity(

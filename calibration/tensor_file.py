@@ -71,6 +71,8 @@ class TensorFile:
             with path.open("wb") as stream:
                 stream.write(struct.pack("<Q", len(text)) + text)
                 stream.truncate(8 + len(text) + end)
+                stream.flush()
+                os.fsync(stream.fileno())
         except OSError as error:
             raise _unwritable(path, error) from error
         return TensorFile.open(path)

@@ -285,6 +285,20 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
+@contextmanager
+def stated_failures(target: Path) -> Iterator[None]:
+    """Let what the operating system refuses in the block be a failure to write `target`."""
+    try:
+        yield
+    except OSError as error:
+        stated = as_output_error(
+            error, target, target, None, left="the same command goes on with what is finished"
+        )
+        if stated is None:
+            raise
+        raise stated from error
+
+
 def as_output_error(
     error: BaseException,
     target: Path,

@@ -7,7 +7,7 @@
  *     fault_lose()                        what was not flushed is lost now
  *
  * Modes: COUNT only; KILL before operation `at` (half of a write is done); POWER: the same, and what
- * was written and not flushed is lost; FAIL: operation `at` fails with `error`; FULL: so does every
+ * was written and not flushed is lost (a file is as long as when it was flushed); FAIL: operation `at` fails with `error`; FULL: so does every
  * one from `at` on that needs room.
  */
 #define _GNU_SOURCE
@@ -32,6 +32,8 @@ static size_t root_length;
 static long at, count;
 static int mode, failure;
 static char dirty[DIRTY][PATH_MAX];
+/* What was flushed, and how long it was. */
+static struct { dev_t device; ino_t node; off_t size; } safe[DIRTY];
 
 #define NEXT(name) \
     static __typeof__(&name) next; \
@@ -68,7 +70,12 @@ void fault_lose(void) {
         if (dirty[i][0]) {
             int was = mode;
             mode = OFF;
-            if (truncate(dirty[i], 0) && errno != ENOENT) abort();
+            struct stat now;
+            off_t kept = 0;
+            if (!stat(dirty[i], &now))
+                for (int j = 0; j < DIRTY; j++)
+                    if (safe[j].node == now.st_ino && safe[j].device == now.st_dev) kept = safe[j].size;
+            if (truncate(dirty[i], kept) && errno != ENOENT) abort();
             mode = was;
         }
 }
@@ -116,6 +123,7 @@ void fault_arm(const char *directory, long number, int how, int error) {
     snprintf(root, sizeof root, "%s", directory);
     root_length = strlen(root);
     memset(dirty, 0, sizeof dirty);
+    memset(safe, 0, sizeof safe);
     at = number, count = 0, failure = error, mode = how;
 }
 
@@ -313,7 +321,18 @@ static int flushed(int fd) {
     if (mode == OFF || !of_descriptor(fd, path)) return 0;
     int what = next_is(path, 0);
     if (what > 0) end();
-    if (!what) forget(path);
+    struct stat now;
+    if (!what && !strncmp(path, root, root_length) && !fstat(fd, &now)) {
+        forget(path);
+        int free = -1;
+        for (int i = DIRTY - 1; i >= 0; i--) {
+            int same = safe[i].node == now.st_ino && safe[i].device == now.st_dev;
+            if (same || (free < 0 && !safe[i].node)) free = i;
+            if (same) break;
+        }
+        if (free < 0) abort();
+        safe[free].device = now.st_dev, safe[free].node = now.st_ino, safe[free].size = now.st_size;
+    }
     return what;
 }
 

@@ -83,8 +83,8 @@ def test_a_pack_is_the_old_or_the_new_one_whatever_interrupts_its_writer(
 @pytest.mark.parametrize(
     ("scenario", "stride"),
     [("a new pack", 1), ("a pack over another", 1), ("the settings of a pack", 1),
-     ("a compressed pack over another", 1), ("a page over another", 1), ("a new bundle", 4),
-     ("a bundle over another", 5), ("a new memory", 5), ("a memory over another", 7),
+     ("a compressed pack over another", 1), ("a page over another", 1), ("a new bundle", 9),
+     ("a bundle over another", 11), ("a new memory", 17), ("a memory over another", 23),
      ("engines over others", 1)],
 )  # fmt: skip
 def test_every_writer_leaves_the_old_or_the_new_one_whatever_interrupts_it(
