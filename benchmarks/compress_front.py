@@ -35,8 +35,10 @@ from knnmoe.calibration.recipes import Recipe
 from knnmoe.export.exporter import export
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.evaluation import score_sequences
-from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.pipeline import Pipeline
 from knnmoe.runtime.texts import TokenText, read_text
 

@@ -36,8 +36,9 @@ from knnmoe.calibration.switching import joined
 from knnmoe.runtime.calibration import Calibration, preset
 from knnmoe.runtime.errors import VerificationError
 from knnmoe.runtime.evaluation import read_for, score_sequences
-from knnmoe.runtime.memory import MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.texts import TokenSequence, TokenText
 
 ROOT = Path(__file__).resolve().parent.parent

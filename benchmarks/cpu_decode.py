@@ -116,8 +116,9 @@ def random_pack(bundle: str, entries: str, path: str, projection: str) -> None:
 
     from knnmoe.calibration.compress import CompressSettings, compress_pack
     from knnmoe.runtime.calibration import preset
-    from knnmoe.runtime.memory import GateEntries, write_pack
     from knnmoe.runtime.model import Model
+    from knnmoe.runtime.pack_parts import GateEntries
+    from knnmoe.runtime.pack_writing import write_pack
 
     identity = Model.load(bundle, threads=1).identity
     random = np.random.default_rng(SEED)

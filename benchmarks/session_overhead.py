@@ -30,7 +30,8 @@ from versions import environment
 from knnmoe.runtime import MemoryPack, Model
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.generation import Writer
-from knnmoe.runtime.memory import GateEntries, write_pack
+from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_writing import write_pack
 
 ROOT = Path(__file__).resolve().parents[1]
 BAR = 0.05  # of a step

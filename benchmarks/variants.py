@@ -25,8 +25,9 @@ from versions import environment
 
 from knnmoe.runtime.calibration import Variant, preset
 from knnmoe.runtime.evaluation import Evaluation, Scores, read_for, score_sequences
-from knnmoe.runtime.memory import MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.texts import TokenSequence
 
 ROOT = Path(__file__).resolve().parent.parent

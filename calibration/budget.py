@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.atomic import new_directory
 from knnmoe.runtime.errors import InputError, SettingError, VerificationError
-from knnmoe.runtime.memory import MemoryPack, PackGate, rewrite_settings
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import PackGate
+from knnmoe.runtime.pack_writing import rewrite_settings
 from knnmoe.runtime.projection import WIDTH_STEP
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.texts import TokenSequence, TokenText

@@ -21,7 +21,10 @@ from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import BundleError, CheckpointError
-from knnmoe.runtime.memory import ENTRIES, MemoryPack, ModelIdentity, StoredTensors, write_pack
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_files import ENTRIES
+from knnmoe.runtime.pack_parts import ModelIdentity, StoredTensors
+from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.shortage import memory_for
 from knnmoe.runtime.tokenizer import Tokenizer
 

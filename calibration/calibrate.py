@@ -11,8 +11,9 @@ from typing import Any
 
 from knnmoe.runtime.errors import InputError, SettingError, VerificationError
 from knnmoe.runtime.evaluation import read_for
-from knnmoe.runtime.memory import MemoryPack, rewrite_settings
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_writing import rewrite_settings
 from knnmoe.runtime.texts import TokenText
 
 from .bench import Bench, Progress

@@ -34,15 +34,11 @@ from knnmoe.runtime.compressed_files import (
     width_is_possible,
 )
 from knnmoe.runtime.errors import MemoryPackError, SettingError
-from knnmoe.runtime.memory import (
-    KIND,
-    EntryOrigins,
-    GateEntries,
-    MemoryPack,
-    PackGate,
-    write_origins,
-)
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.pack_files import write_manifest, write_tensors
+from knnmoe.runtime.pack_manifest import KIND
+from knnmoe.runtime.pack_parts import EntryOrigins, GateEntries, PackGate
+from knnmoe.runtime.pack_writing import write_origins
 from knnmoe.runtime.projection import (
     SCAN_BITS,
     WIDTH_STEP,

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.calibration import Calibration, EvidenceFrom, Variant
-from knnmoe.runtime.memory import MemoryPack, PackGate
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import PackGate
 from knnmoe.runtime.statistics import Unit, drawn_units, paired_bootstrap
 
 from .evidence import Evidence

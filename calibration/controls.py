@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import GateMemory
-from knnmoe.runtime.memory import MemoryPack, PackGate
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import PackGate
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.stored_values import dense
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from knnmoe.runtime.memory import EntryOrigins
+from knnmoe.runtime.pack_parts import EntryOrigins
 
 WINDOW = 32  # tokens; few stretches of this length are written twice
 MOSTLY = 0.8

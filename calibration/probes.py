@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import neighbor_weights, token_evidence, unit_rows
 from knnmoe.runtime.calibration import Calibration, Similarity
-from knnmoe.runtime.memory import GateEntries, MemoryPack, PackGate, prepare_keys
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import GateEntries, PackGate
+from knnmoe.runtime.pack_tensors import prepare_keys
 from knnmoe.runtime.stored_values import store_values
 
 from .compress import StoredAs

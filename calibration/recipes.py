@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.calibration import Variant
-from knnmoe.runtime.memory import GateEntries, MemoryPack, PackGate
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import GateEntries, PackGate
 from knnmoe.runtime.projection import SCAN_BITS, WIDTH_STEP
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.stored_values import value_types

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import GateMemory, inner_products, neighbor_weights, prepare_queries
-from knnmoe.runtime.memory import GateEntries
+from knnmoe.runtime.pack_parts import GateEntries
 
 from .compress import Kept
 from .recorded import Asked

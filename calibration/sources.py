@@ -14,8 +14,9 @@ import numpy as np
 
 from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import InputError, MemoryPackError
-from knnmoe.runtime.memory import EntryOrigins, MemoryPack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.pack_files import MANIFEST, REBUILD
+from knnmoe.runtime.pack_parts import EntryOrigins
 from knnmoe.runtime.tokenizer import Tokenizer
 
 from .corpus import Corpus

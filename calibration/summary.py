@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import GateMemory, inner_products, rank, token_evidence
-from knnmoe.runtime.memory import MemoryPack, PackGate, prepare_keys
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import PackGate
+from knnmoe.runtime.pack_tensors import prepare_keys
 
 SAMPLE = 256
 _NEVER = -1e30

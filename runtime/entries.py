@@ -19,7 +19,7 @@ from .blend import GateMemory
 from .calibration import VARIANTS, Variant
 from .compressed import CompressedMemory, Memory
 from .errors import BackendError, InputError, SettingError
-from .memory import prepare_keys
+from .pack_tensors import prepare_keys
 from .stored_values import dense
 
 SMALLEST_CLASS = 256

@@ -14,9 +14,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic import new_directory
-from .blend import GateMemory, unit_rows
-from .bundle import MAX_DIMENSION, MAX_GATES
+from .blend import GateMemory
+from .bundle import MAX_DIMENSION
 from .calibration import (
     EVIDENCE,
     MAX_NEIGHBORS,
@@ -30,142 +29,33 @@ from .calibration import (
 )
 from .compressed import CompressedMemory, Memory
 from .compressed_files import (
-    KEY_KINDS,
     KEY_LENGTHS,
     SCAN_TENSORS,
-    VALUES_OF,
-    KeyKind,
-    ScanStatement,
-    ValuesOf,
-    ValuesStatement,
     check_lengths,
     check_scan,
     key_lengths,
     map_tensor,
     sampled,
-    scan_specs,
     stored_values,
-    value_specs,
-    width_is_possible,
 )
 from .errors import MemoryPackError, SettingError
-from .manifest import Fields, ManifestKind
+from .manifest import Fields
 from .pack_files import (
+    ENTRIES,
     MANIFEST,
     REBUILD,
     PackFile,
     Seen,
-    TensorSpecs,
     check_file,
-    link_tensors,
     read_tensors,
     seen_as,
-    write_manifest,
-    write_tensors,
 )
-from .projection import SCAN_BITS, WIDTH_STEP, ProjectedKeys, decode
+from .pack_manifest import KIND, OLDER, parse_file, parse_gate, parse_model
+from .pack_parts import Array, EntryOrigins, GateEntries, ModelIdentity, PackGate
+from .pack_tensors import gate_specs, prepare_keys, read_gate, read_origins
+from .projection import ProjectedKeys, decode
 from .routing import RoutingRule
-from .stored_values import Values, ValueType, dense, value_types
-from .two_stage import MAX_CANDIDATES
-
-SCHEMA = "knnmoe.memory/2"
-OLDER = ("knnmoe.memory/1",)  # without decay, evidence and calibrated
-ENTRIES = "entries.safetensors"
-KIND = ManifestKind(
-    "a memory pack",
-    MANIFEST,
-    SCHEMA,
-    MemoryPackError,
-    REBUILD,
-    "Use the version of knnmoe that wrote the pack, or build it again with this one.",
-    OLDER,
-)
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model a memory belongs to; a bundle and a checkpoint of it agree on every field."""
-
-    fingerprint: str
-    model_type: str
-    num_gates: int
-    hidden_size: int
-    num_experts: int
-
-
-@dataclass(frozen=True)
-class GateEntries:
-    """What building found for one gate.
-
-    Attributes:
-        keys: Router inputs [N, D], fp16 or fp32.
-        router_logits: The frozen router's logits [N, E], same dtype.
-        residuals: Learned minus router logits [N, E], same dtype.
-        center: Mean of the keys [D], fp32.
-    """
-
-    keys: Array
-    router_logits: Array
-    residuals: Array
-    center: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class EntryOrigins:
-    """Where each entry came from, [N] int32 each: token id, document, position in it.
-
-    Attributes:
-        token_ids: Token ids.
-        documents: Documents; those of background text count down from -1.
-        positions: Positions in them.
-        merged: Of gates in which near-identical entries became one: the row above of each entry's
-            first member, [N'] int32.
-        counts: Of these gates, of how many entries each is the mean, [N'] int32.
-    """
-
-    token_ids: NDArray[np.int32]
-    documents: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    merged: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
-    counts: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
-
-    def documents_of(self, gate: int) -> NDArray[np.int32]:
-        """The document of each entry of a gate."""
-        rows = self.merged.get(gate)
-        return self.documents if rows is None else self.documents[rows]
-
-
-@dataclass(frozen=True)
-class StoredTensors:
-    """A file of a pack that is finished already, elsewhere on the disk.
-
-    Attributes:
-        path: The file; it stays where it is.
-        rows: Its entries.
-    """
-
-    path: Path
-    rows: int
-
-
-@dataclass(frozen=True)
-class PackGate:
-    """One covered gate: its file, how many entries it has, how its similarity is used.
-
-    `scan`, `keys` and `values` say what compressing added and changed.
-    A gate that is not `used` is left to the frozen router; its file stays.
-    """
-
-    gate: int
-    stored: PackFile
-    entries: int
-    calibration: Calibration
-    scan: ScanStatement | None = None
-    keys: KeyKind = "full"
-    values: ValuesStatement | None = None
-    used: bool = True
+from .stored_values import Values, dense
 
 
 @dataclass(frozen=True)
@@ -291,66 +181,15 @@ class MemoryPack:
                 found=f"keys {gate.keys}, values {gate.values.of if gate.values else 'full'}",
                 fix="Use the pack that this one was made of.",
             )
-        keys, center, tensors = self._read_keys(gate)
+        keys, center, tensors = read_gate(self.path, gate, self.model)
         return GateEntries(keys=keys, center=center, **tensors)
-
-    def _read_keys(self, gate: PackGate) -> tuple[Array, NDArray[np.float32], dict[str, Any]]:
-        """Keys [N, D] that are not projected, centre [D], and the tensors of the values."""
-        path = self.path / gate.stored.file
-        tensors = read_tensors(path, self._specs(gate), leave=(*SCAN_TENSORS, KEY_LENGTHS))
-        steps = tensors.pop("key_steps", None)
-        if steps is not None:
-            tensors["keys"] = tensors["keys"] * steps[:, None] + tensors["center"]
-        return tensors.pop("keys"), tensors.pop("center"), tensors
-
-    def _specs(self, gate: PackGate) -> TensorSpecs:
-        """What a gate's file must hold."""
-        entries, size, experts = gate.entries, self.model.hidden_size, self.model.num_experts
-        floats = ("F16", "F32")
-        specs: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-            "center": ((size,), floats),
-        }
-        if gate.keys == "projected":
-            specs[KEY_LENGTHS] = ((entries,), ("F32",))
-        else:
-            specs["keys"] = ((entries, size), ("I8",) if gate.keys == "int8" else floats)
-        if gate.keys == "int8":
-            specs["key_steps"] = ((entries,), ("F32",))
-        if gate.values is None:
-            both = dict.fromkeys(("router_logits", "residuals"), ((entries, experts), floats))
-            specs |= both
-        else:
-            specs |= value_specs(gate.values, entries, experts)
-        if gate.scan is not None:
-            specs |= scan_specs(gate.scan, entries, size)
-        return specs
 
     def read_origins(self) -> EntryOrigins | None:
         """Where the entries came from, or None if the pack does not say."""
         if self.origins is None:
             return None
         path = self.path / self.origins.file
-        kind = ((self.origin_rows,), ("I32",))
-        specs = dict.fromkeys(("token_ids", "documents", "positions"), kind)
-        merged = [gate for gate in self.gates if gate.entries < self.origin_rows]
-        for gate in merged:
-            names = (f"rows_{gate.gate:02d}", f"counts_{gate.gate:02d}")
-            specs |= dict.fromkeys(names, ((gate.entries,), ("I32",)))
-        tensors = read_tensors(path, specs)
-        rows = {gate.gate: tensors.pop(f"rows_{gate.gate:02d}") for gate in merged}
-        counts = {}
-        for gate in merged:
-            counts[gate.gate] = tensors.pop(f"counts_{gate.gate:02d}")
-            found = rows[gate.gate]
-            if found.min() < 0 or found.max() >= self.origin_rows:
-                raise MemoryPackError(
-                    path,
-                    f"rows_{gate.gate:02d} names rows that are not there",
-                    expected=f"0 to {self.origin_rows - 1}",
-                    found=f"{found.min()} to {found.max()}",
-                    fix=REBUILD,
-                )
-        return EntryOrigins(**tensors, merged=rows, counts=counts)
+        return read_origins(path, self.origin_rows, self.gates)
 
     def with_settings(
         self,
@@ -422,7 +261,7 @@ class MemoryPack:
         """
         if gate.keys == "projected":
             return self._compressed_memory(gate, rule, selection_bias).widened()
-        whole, center, tensors = self._read_keys(gate)
+        whole, center, tensors = read_gate(self.path, gate, self.model)
         keys, scales = prepare_keys(whole, center, self.similarity)
         return GateMemory(
             keys=keys,
@@ -487,7 +326,7 @@ class MemoryPack:
     ) -> CompressedMemory:
         assert gate.scan is not None
         path = self.path / gate.stored.file
-        tensors = read_tensors(path, self._specs(gate), leave=("keys",))
+        tensors = read_tensors(path, gate_specs(gate, self.model), leave=("keys",))
         scan = ProjectedKeys(*(tensors.pop(name) for name in SCAN_TENSORS))
         center = tensors.pop("center")
         keys: Array | None = None
@@ -530,8 +369,8 @@ class MemoryPack:
     def read_keys(self, gate: PackGate) -> tuple[Array, NDArray[np.float32]]:
         """Keys [N, D] as far as they are kept, not yet minus the centre, and the centre [D]."""
         if gate.keys != "projected":
-            return self._read_keys(gate)[:2]
-        tensors = read_tensors(self.path / gate.stored.file, self._specs(gate))
+            return read_gate(self.path, gate, self.model)[:2]
+        tensors = read_tensors(self.path / gate.stored.file, gate_specs(gate, self.model))
         scan = ProjectedKeys(*(tensors[name] for name in SCAN_TENSORS))
         steps = decode(scan.codes, scan.bits) * scan.scales[:, None]
         return steps @ scan.matrix() + tensors["center"], tensors["center"]
@@ -574,135 +413,6 @@ def _check_finite(path: Path, memory: Memory) -> None:
             )
 
 
-def prepare_keys(
-    keys: Array, center: NDArray[np.float32], similarity: Similarity
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Stored keys [N, D] as the blend compares them: (keys fp32 [N, D], key_scales fp32 [N, 2])."""
-    prepared = keys.astype(np.float32) - center
-    if similarity == "cosine":
-        prepared = unit_rows(prepared)
-    squares = np.einsum("nd,nd->n", prepared, prepared, dtype=np.float64)
-    scales = np.stack([np.ones(len(prepared)), squares], axis=1).astype(np.float32)
-    return np.ascontiguousarray(prepared, dtype=np.float32), scales
-
-
-def write_pack(
-    path: str | Path,
-    *,
-    model: ModelIdentity,
-    gates: Mapping[int, GateEntries] | Mapping[int, StoredTensors],
-    variant: Variant,
-    neighbors: int,
-    similarity: Similarity,
-    calibration: Calibration | Mapping[int, Calibration],
-    origins: EntryOrigins | StoredTensors | None,
-    provenance: Mapping[str, Any],
-    evidence: EvidenceFrom = "all",
-    overwrite: bool = False,
-) -> MemoryPack:
-    """Write a memory pack and return it opened.
-
-    Args:
-        gates: Entries by gate, in memory or in files; gates without any are left to the frozen
-            router. What is in a file is not looked at.
-        calibration: For all gates, or by gate.
-        evidence: Which entries are; `reference` needs `origins`.
-
-    Raises:
-        MemoryPackError: If a gate is empty, or holds NaN or infinite numbers.
-        OutputError: If the directory cannot be written.
-    """
-    if not gates:
-        raise MemoryPackError(path, "no gate has entries", fix="Use a longer reference text.")
-    check_neighbors(neighbors)
-    written: Mapping[int, GateEntries | StoredTensors] = dict(gates)
-    for gate, entries in written.items():
-        if isinstance(entries, StoredTensors):
-            continue
-        if len(entries.keys) == 0:
-            raise MemoryPackError(
-                path, f"gate {gate} has no entries", fix="Use a longer reference text."
-            )
-        for name, tensor in vars(entries).items():
-            if not np.isfinite(tensor).all():
-                raise MemoryPackError(
-                    path,
-                    f"{name} of gate {gate} has NaN or infinite numbers",
-                    fix="Store with more precision, or build with a lower rate.",
-                )
-    with new_directory(Path(path), overwrite=overwrite) as target:
-        stated = []
-        for gate, entries in sorted(written.items()):
-            numbers = calibration if isinstance(calibration, Calibration) else calibration[gate]
-            name = f"gate-{gate:02d}.safetensors"
-            if isinstance(entries, StoredTensors):
-                stored, count = link_tensors(target, name, entries.path), entries.rows
-            else:
-                stored, count = write_tensors(target, name, vars(entries)), len(entries.keys)
-            stated.append(
-                {
-                    "gate": gate,
-                    **asdict(stored),
-                    "entries": count,
-                    "calibration": numbers.to_json(),
-                    "used": True,
-                }
-            )
-        write_manifest(
-            target,
-            {
-                "schema": SCHEMA,
-                "model": asdict(model),
-                "variant": variant,
-                "neighbors": neighbors,
-                "similarity": similarity,
-                "evidence": evidence,
-                "calibrated": False,
-                "gates": stated,
-                "entries": write_origins(target, origins),
-                "provenance": dict(provenance),
-            },
-        )
-    return MemoryPack.open(path)
-
-
-def write_origins(
-    target: Path, origins: EntryOrigins | StoredTensors | None
-) -> dict[str, Any] | None:
-    """Write where the entries came from into a pack's directory; what its manifest says of that."""
-    if origins is None:
-        return None
-    if isinstance(origins, StoredTensors):
-        linked = link_tensors(target, ENTRIES, origins.path)
-        return {**asdict(linked), "rows": origins.rows}
-    columns = {name: getattr(origins, name) for name in ("token_ids", "documents", "positions")}
-    columns |= {f"rows_{gate:02d}": rows for gate, rows in origins.merged.items()}
-    columns |= {f"counts_{gate:02d}": counts for gate, counts in origins.counts.items()}
-    stated = asdict(write_tensors(target, ENTRIES, columns))
-    return {**stated, "rows": len(origins.documents)} if origins.merged else stated
-
-
-def rewrite_settings(pack: MemoryPack, provenance: Mapping[str, Any]) -> MemoryPack:
-    """Replace the settings and provenance of a pack on disk by those of `pack`, atomically.
-
-    Only `memory.json` changes; it is written beside the old one and renamed over it.
-    """
-    manifest = dict(KIND.read(pack.path).content)
-    by_gate = {gate.gate: gate for gate in pack.gates}
-    manifest["variant"] = pack.variant
-    manifest["neighbors"] = pack.neighbors
-    manifest["similarity"] = pack.similarity
-    manifest["schema"] = SCHEMA
-    manifest["evidence"] = pack.evidence
-    manifest["calibrated"] = pack.calibrated
-    manifest["provenance"] = dict(provenance)
-    for stated in manifest["gates"]:
-        stated["calibration"] = by_gate[stated["gate"]].calibration.to_json()
-        stated["used"] = by_gate[stated["gate"]].used
-    write_manifest(pack.path, manifest)
-    return MemoryPack.open(pack.path)
-
-
 def _parse(root: Path, top: Fields) -> MemoryPack:
     top.only(
         "schema", "model", "variant", "neighbors", "similarity", "gates", "entries", "provenance",
@@ -710,8 +420,8 @@ def _parse(root: Path, top: Fields) -> MemoryPack:
     )  # fmt: skip
     older = top.content["schema"] in OLDER
     provenance = top.object("provenance").content
-    model = _parse_model(top.object("model"))
-    gates = tuple(_parse_gate(entry, model) for entry in top.objects("gates"))
+    model = parse_model(top.object("model"))
+    gates = tuple(parse_gate(entry, model) for entry in top.objects("gates"))
     numbers = [gate.gate for gate in gates]
     if not gates or sorted(set(numbers)) != numbers:
         raise top.wrong(
@@ -736,96 +446,9 @@ def _parse(root: Path, top: Fields) -> MemoryPack:
         neighbors=top.integer("neighbors", 1, MAX_NEIGHBORS),
         similarity=cast(Similarity, similarity),
         gates=gates,
-        origins=_parse_file(top.object("entries")) if top.has("entries") else None,
+        origins=parse_file(top.object("entries")) if top.has("entries") else None,
         origin_rows=rows,
         provenance=provenance,
         evidence=cast(EvidenceFrom, "all" if older else top.text("evidence", choices=EVIDENCE)),
         calibrated=("calibration" in provenance) if older else top.boolean("calibrated"),
-    )
-
-
-def _parse_model(entry: Fields) -> ModelIdentity:
-    entry.only("fingerprint", "model_type", "num_gates", "hidden_size", "num_experts")
-    return ModelIdentity(
-        fingerprint=entry.text("fingerprint", pattern=r"sha256:[0-9a-f]{64}"),
-        model_type=entry.text("model_type"),
-        num_gates=entry.integer("num_gates", 1, MAX_GATES),
-        hidden_size=entry.integer("hidden_size", 1, MAX_DIMENSION),
-        num_experts=entry.integer("num_experts", 1, MAX_DIMENSION),
-    )
-
-
-def _parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
-    entry.only(
-        "gate", "file", "sha256", "size", "entries", "calibration",
-        optional=("keys", "scan", "used", "values"),
-    )  # fmt: skip
-    try:
-        calibration = Calibration.from_json(entry.object("calibration").content)
-    except SettingError as error:
-        raise MemoryPackError(
-            f"{entry.where}: {error.where}",
-            error.problem,
-            expected=error.expected,
-            found=error.found,
-            fix=REBUILD,
-        ) from error
-    keys = entry.text("keys", choices=KEY_KINDS[1:]) if entry.has("keys") else "full"
-    scan = _parse_scan(entry.object("scan"), model) if entry.has("scan") else None
-    if keys == "projected" and scan is None:
-        raise entry.wrong("keys", "are projected by nothing", expected="a scan", found=keys)
-    return PackGate(
-        gate=entry.integer("gate", 0, model.num_gates - 1),
-        stored=_parse_file(entry),
-        entries=entry.integer("entries", 1, MAX_DIMENSION),
-        calibration=calibration,
-        scan=scan,
-        keys=cast(KeyKind, keys),
-        values=_parse_values(entry.object("values"), model) if entry.has("values") else None,
-        used=entry.boolean("used") if entry.has("used") else True,
-    )
-
-
-def _parse_values(entry: Fields, model: ModelIdentity) -> ValuesStatement:
-    entry.only("dtype", "of")
-    dtype = entry.text("dtype", choices=value_types(model.num_experts))
-    of = entry.text("of", choices=VALUES_OF)
-    return ValuesStatement(cast(ValueType, dtype), cast(ValuesOf, of))
-
-
-def _parse_scan(entry: Fields, model: ModelIdentity) -> ScanStatement:
-    entry.only(
-        "width", "bits", "candidates", "neighbors", "similarity", "recall", optional=("lengths",)
-    )
-    neighbors = entry.integer("neighbors", 1, MAX_NEIGHBORS)
-    recall = entry.number("recall")
-    if not 0 <= recall <= 1:
-        raise entry.wrong("recall", "out of range", expected="0 to 1", found=recall)
-    width = entry.integer("width", 1, MAX_DIMENSION)
-    if not width_is_possible(width, model.hidden_size):
-        raise entry.wrong(
-            "width",
-            "out of range",
-            expected=f"a multiple of {WIDTH_STEP} up to {model.hidden_size}",
-            found=width,
-        )
-    bits = entry.integer("bits", 1, 8)
-    if bits not in SCAN_BITS:
-        raise entry.wrong("bits", "out of range", expected=SCAN_BITS, found=bits)
-    return ScanStatement(
-        width=width,
-        bits=bits,
-        candidates=entry.integer("candidates", neighbors, MAX_CANDIDATES),
-        neighbors=neighbors,
-        similarity=cast(Similarity, entry.text("similarity", choices=SIMILARITIES)),
-        recall=recall,
-        lengths=entry.has("lengths") and entry.boolean("lengths"),
-    )
-
-
-def _parse_file(entry: Fields) -> PackFile:
-    return PackFile(
-        entry.text("file", pattern=r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}"),
-        entry.text("sha256", pattern=r"[0-9a-f]{64}"),
-        entry.integer("size", 0, 1 << 50),
     )

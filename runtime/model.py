@@ -25,8 +25,9 @@ from .generation import Completion, Event, check_prompt
 from .host import LayoutName, ModelBackend
 from .layouts import GateRecord, Layout
 from .manifest import parse_object
-from .memory import MemoryPack, ModelIdentity
+from .memory import MemoryPack
 from .metrics import Meter, Metrics
+from .pack_parts import ModelIdentity
 from .pipeline import Pipeline
 from .routing import RoutingRule
 from .run_config import RunConfig, limited

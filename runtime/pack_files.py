@@ -20,6 +20,7 @@ from .bundle import describe_file
 from .errors import MemoryPackError
 
 MANIFEST = "memory.json"
+ENTRIES = "entries.safetensors"
 REBUILD = "Build the memory again with `knnmoe memory build`."
 
 

@@ -20,8 +20,9 @@ from .atomic import write_file
 from .compressed import CompressedMemory, Memory
 from .errors import SettingError
 from .manifest import Fields, parse_object
-from .memory import MemoryPack, ModelIdentity
+from .memory import MemoryPack
 from .pack_files import MANIFEST
+from .pack_parts import ModelIdentity
 from .stored_values import StoredValues, Values
 
 SCHEMA = "knnmoe.run/1"

@@ -16,7 +16,9 @@ import pytest
 
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.calibration import preset
-from knnmoe.runtime.memory import EntryOrigins, GateEntries, MemoryPack, ModelIdentity, write_pack
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import EntryOrigins, GateEntries, ModelIdentity
+from knnmoe.runtime.pack_writing import write_pack
 from tiny import make_tiny_olmoe
 
 ENTRIES = 300

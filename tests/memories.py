@@ -11,7 +11,7 @@ from knnmoe.calibration.recall import principal, project_keys, turned
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration, Similarity
 from knnmoe.runtime.compressed import CompressedMemory
-from knnmoe.runtime.memory import prepare_keys
+from knnmoe.runtime.pack_tensors import prepare_keys
 from knnmoe.runtime.stored_values import ValueType, store_values
 
 

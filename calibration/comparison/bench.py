@@ -14,8 +14,9 @@ from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.conversations import Conversations
 from knnmoe.runtime.errors import CheckpointError, InputError
 from knnmoe.runtime.evaluation import read_for, score_sequences
-from knnmoe.runtime.memory import EntryOrigins, MemoryPack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import EntryOrigins
 from knnmoe.runtime.texts import DEFAULT_CONTEXT, TokenSequence, TokenText
 
 from ..corpus import Corpus

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_writing import write_pack
 
 Change = Callable[[GateEntries, np.random.Generator], GateEntries]
 

@@ -19,8 +19,10 @@ from ..bundle import Bundle
 from ..calibration import Similarity, Variant, preset
 from ..errors import BundleError, KnnMoeError, MemoryPackError, VerificationError
 from ..gates.select import Backend
-from ..memory import GateEntries, MemoryPack, write_pack
+from ..memory import MemoryPack
 from ..model import Model
+from ..pack_parts import GateEntries
+from ..pack_writing import write_pack
 from .vectors import BLEND, ROUTING
 
 HERE = Path(__file__).parent

@@ -27,8 +27,9 @@ from knnmoe.runtime.errors import (
     SettingError,
 )
 from knnmoe.runtime.jobs import work_directory
-from knnmoe.runtime.memory import GateEntries, MemoryPack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import GateEntries
 from knnmoe.runtime.tokenizer import Tokenizer
 from tiny import make_tiny, make_tiny_olmoe, write_tiny_tokenizer
 

@@ -29,8 +29,9 @@ from knnmoe.runtime.errors import (
     OutputError,
     SettingError,
 )
-from knnmoe.runtime.memory import MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_writing import write_pack
 from tiny import make_tiny_olmoe
 
 SMALL: dict[str, Any] = {"max_length": 32, "batch_tokens": 96, "learning_rate": 0.2}

@@ -16,8 +16,10 @@ from knnmoe.calibration.settings import BuildSettings
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
 from knnmoe.runtime.evaluation import read_for, score_sequences
-from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_writing import write_pack
 from tiny import make_tiny_olmoe
 
 STORY = [

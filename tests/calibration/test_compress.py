@@ -31,8 +31,10 @@ from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
 from knnmoe.runtime.gates.scan import Candidates, ProjectedScan
 from knnmoe.runtime.gates.select import choose, make_gate
 from knnmoe.runtime.gates.two_stage import TwoStageGate
-from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.stored_values import store_values, value_types
 from knnmoe.runtime.two_stage import projected_scores, search_compressed

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from knnmoe.calibration.overlap import WINDOW, seen_sequences
-from knnmoe.runtime.memory import EntryOrigins
+from knnmoe.runtime.pack_parts import EntryOrigins
 from knnmoe.runtime.texts import cut
 
 RNG = np.random.default_rng(0)

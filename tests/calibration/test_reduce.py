@@ -11,7 +11,7 @@ import pytest
 from knnmoe.calibration.recorded import Asked
 from knnmoe.calibration.reduce import Credit, credit_of, keep, merge
 from knnmoe.runtime.blend import search
-from knnmoe.runtime.memory import GateEntries
+from knnmoe.runtime.pack_parts import GateEntries
 from memories import random_memory
 
 ONE = np.ones(60, np.int64)

@@ -10,13 +10,9 @@ from knnmoe.calibration.summary import summarize
 from knnmoe.calibration.tables import formula
 from knnmoe.runtime.blend import unit_rows
 from knnmoe.runtime.calibration import Calibration, preset
-from knnmoe.runtime.memory import (
-    EntryOrigins,
-    GateEntries,
-    MemoryPack,
-    ModelIdentity,
-    write_pack,
-)
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import EntryOrigins, GateEntries, ModelIdentity
+from knnmoe.runtime.pack_writing import write_pack
 
 HIDDEN, EXPERTS = 6, 3
 

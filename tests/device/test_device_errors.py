@@ -25,8 +25,10 @@ from knnmoe.runtime.engines.engine_set import EngineSet, check_producer
 from knnmoe.runtime.engines.tensorrt import Scratch, TensorRT, TensorRTEngine, load_tensorrt
 from knnmoe.runtime.entries import size_class
 from knnmoe.runtime.errors import BackendError, DeviceError, EngineError, SettingError
-from knnmoe.runtime.memory import EntryOrigins, MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import EntryOrigins
+from knnmoe.runtime.pack_writing import write_pack
 from memories import random_memory
 
 IDS = np.random.default_rng(6).integers(0, 256, 40)

@@ -15,14 +15,9 @@ import numpy as np
 
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.calibration import preset
-from knnmoe.runtime.memory import (
-    EntryOrigins,
-    GateEntries,
-    MemoryPack,
-    ModelIdentity,
-    rewrite_settings,
-    write_pack,
-)
+from knnmoe.runtime.memory import MemoryPack
+from knnmoe.runtime.pack_parts import EntryOrigins, GateEntries, ModelIdentity
+from knnmoe.runtime.pack_writing import rewrite_settings, write_pack
 
 TARGET = "target"
 

@@ -162,7 +162,7 @@ def test_values_that_overflow_when_they_are_added_are_refused(
 
     from conftest import make_entries, make_identity
     from knnmoe.runtime.calibration import preset
-    from knnmoe.runtime.memory import write_pack
+    from knnmoe.runtime.pack_writing import write_pack
 
     identity = make_identity(tiny_bundle)
     huge = np.full((300, identity.num_experts), 3e38, np.float32)

@@ -12,8 +12,9 @@ from conftest import make_entries, make_identity
 from knnmoe.runtime import memory as memory_module
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import BackendError
-from knnmoe.runtime.memory import MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_writing import write_pack
 
 IDS = list(range(20, 32))
 

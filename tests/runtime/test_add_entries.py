@@ -13,8 +13,10 @@ from conftest import ENTRIES, make_entries, make_identity
 from knnmoe.runtime.calibration import Similarity, Variant, preset
 from knnmoe.runtime.entries import NewEntries, size_class
 from knnmoe.runtime.errors import BackendError, InputError, SettingError
-from knnmoe.runtime.memory import GateEntries, MemoryPack, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_writing import write_pack
 
 IDS = np.random.default_rng(2).integers(0, 256, 40)
 HOW = [

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from conftest import ENTRIES, make_entries, make_identity, write_tiny_pack
 from knnmoe.runtime.calibration import Calibration, preset
 from knnmoe.runtime.errors import KnnMoeError, MemoryPackError, OutputError, SettingError
-from knnmoe.runtime.memory import MemoryPack, rewrite_settings, write_pack
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pack_writing import rewrite_settings, write_pack
 from knnmoe.runtime.routing import RoutingRule
 
 RULE = RoutingRule(2)
