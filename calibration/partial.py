@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.atomic import output_error
 from knnmoe.runtime.errors import OutputError
-from knnmoe.runtime.jobs import discard_work, open_work, work_directory
+from knnmoe.runtime.jobs import Kind, discard_work, open_work, work_directory
 
 from .plan import Batch
 from .tensor_file import DAMAGED, TensorFile
 
 DONE = "done.jsonl"
+KIND: Kind = "memory build"
 RESTART = "Build with the same text and settings as before, or pass --restart to start afresh."
 ROW_TENSORS = ("keys", "router_logits", "residuals")
 
@@ -75,7 +76,7 @@ class PartialBuild:
         partial = PartialBuild(work_directory(pack))
         if restart:
             partial.remove()
-        open_work(partial.path, job, what="build of other text or settings", fix=RESTART)
+        open_work(partial.path, KIND, job, what="build of other text or settings", fix=RESTART)
         return partial
 
     def prepare(
@@ -166,7 +167,7 @@ class PartialBuild:
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
         self.close()
-        discard_work(self.path)
+        discard_work(self.path, KIND)
 
     def _checksum(self, batch: Batch) -> int:
         crc = 0

@@ -34,12 +34,13 @@ from knnmoe.runtime.atomic import (
 )
 from knnmoe.runtime.bundle import FileSpec, describe_file
 from knnmoe.runtime.errors import KnnMoeError, OutputError
-from knnmoe.runtime.jobs import discard_work, open_work, refuse_foreign, work_directory
+from knnmoe.runtime.jobs import Kind, discard_work, open_work, refuse_foreign, work_directory
 
 from .quantize import TensorError
 from .weights import PlannedFile, write_file
 
 FINISHED, WRITING, BUNDLE, OLD = "finished.jsonl", "writing", "bundle", "bundle.old"
+KIND: Kind = "export"
 RESTART = "Export with the same settings as before, or pass --restart to start afresh."
 
 
@@ -132,10 +133,10 @@ def partial_export(
     check_replaceable(target, overwrite=overwrite)
     if restart:
         with _locked(path):
-            discard_work(path)
+            discard_work(path, KIND)
     kept = _read_finished(path)
     check_free_space(target.parent, needed_bytes - sum(f.spec.size for f in kept.values()))
-    open_work(path, job(), what="export with other settings", fix=RESTART)
+    open_work(path, KIND, job(), what="export with other settings", fix=RESTART)
     with _locked(path):
         try:
             partial = _prepared(path)
@@ -147,27 +148,27 @@ def partial_export(
         except BaseException as error:
             hopeless = isinstance(error, KnnMoeError) and not isinstance(error, OutputError)
             if hopeless or not _read_finished(path):
-                discard_work(path)
+                discard_work(path, KIND)
             left = "what is finished was kept" if path.exists() else "nothing was left behind"
             stated = as_output_error(error, target, path, needed_bytes, left)
             if stated is None:
                 raise
             raise stated from error
-        discard_work(path)
+        discard_work(path, KIND)
 
 
 def _tidy(path: Path, target: Path) -> None:
     """Clear away what killed exports of `target` left that is of no use, and undo half a move."""
     remove_stale(target)
     remove_stale(path)
-    refuse_foreign(path)
+    refuse_foreign(path, KIND)
     if not path.exists():
         return
     with _locked(path):
         if (path / OLD).exists() and not target.exists():
             (path / OLD).rename(target)
         if not (path / BUNDLE).exists() and target.exists() and (path / FINISHED).exists():
-            discard_work(path)  # killed behind the move
+            discard_work(path, KIND)  # killed behind the move
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Unfinished work, kept in a directory beside its result and bound to one job.
 
     RESULT.partial/
-        job.json    all that the work depends on; the rest is whoever's who does the work
+        job.json    whose work it is, and all that it depends on; the rest is theirs
 
-A directory is gone on with only if its job is the same, entry by entry.
+A directory is gone on with only if its job is the same, entry by entry. A bundle and a memory pack
+may bear the same name, and so does their work: neither goes on with the other's, or discards it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .atomic import STALE_FORM, new_directory
 from .errors import OutputError
 
 JOB = "job.json"
+Kind = Literal["export", "memory build"]
 
 
 def work_directory(target: Path) -> Path:
@@ -26,11 +28,12 @@ def work_directory(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def open_work(path: Path, job: Mapping[str, Any], *, what: str, fix: str) -> None:
+def open_work(path: Path, kind: Kind, job: Mapping[str, Any], *, what: str, fix: str) -> None:
     """Start a work directory, or go on with the one that is there.
 
     Args:
         path: The work directory.
+        kind: Whose work it is; goes into the job.
         job: All that the result depends on, as JSON.
         what: Has been interrupted if there is one of another job, for the message.
         fix: What to do then.
@@ -38,25 +41,26 @@ def open_work(path: Path, job: Mapping[str, Any], *, what: str, fix: str) -> Non
     Raises:
         OutputError: If there is one of another job, or the directory cannot be made.
     """
-    refuse_foreign(path)
+    refuse_foreign(path, kind)
+    whole = {"kind": kind, **job}
     if path.exists():
-        _check(path, dict(job), what, fix)
+        _check(path, whole, what, fix)
         return
     with new_directory(path) as directory:
-        text = json.dumps(dict(job), indent=2) + "\n"
+        text = json.dumps(whole, indent=2) + "\n"
         (directory / JOB).write_text(text, encoding="utf-8")
 
 
-def discard_work(path: Path) -> None:
-    """Remove a work directory with all that is in it, if there is one.
+def discard_work(path: Path, kind: Kind) -> None:
+    """Remove a work directory of this kind with all that is in it, if there is one.
 
     It loses its name first, so that what a killed removal leaves is not taken for work: the next
     `new_directory` of that name clears it away.
 
     Raises:
-        OutputError: If what is there is no work directory.
+        OutputError: If what is there is no work directory, or one of another kind.
     """
-    refuse_foreign(path)
+    refuse_foreign(path, kind)
     if not path.exists():
         return
     doomed = path.with_name(STALE_FORM.format(name=path.name, token=secrets.token_hex(4)))
@@ -64,8 +68,11 @@ def discard_work(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise `OutputError` if something other than a work directory is at `path`."""
+def refuse_foreign(path: Path, kind: Kind) -> None:
+    """Raise `OutputError` if something other than a work directory of this kind is at `path`.
+
+    One whose job cannot be read, or does not say of what kind it is, is nobody else's.
+    """
     if path.is_symlink() or (path.exists() and not (path / JOB).is_file()):
         raise OutputError(
             path,
@@ -73,11 +80,28 @@ def refuse_foreign(path: Path) -> None:
             expected=f"a directory with {JOB}, or nothing",
             fix="Move it out of the way.",
         )
+    try:
+        job = _read_job(path)
+    except (OSError, ValueError):
+        return
+    found = job.get("kind", kind) if isinstance(job, dict) else kind
+    if found != kind:
+        raise OutputError(
+            path,
+            "holds the unfinished work of another command",
+            expected=f"that of this one ({kind}), or nothing",
+            found=found,
+            fix="Choose another name, or let the other command finish or discard it first.",
+        )
+
+
+def _read_job(path: Path) -> Any:
+    return json.loads((path / JOB).read_text(encoding="utf-8"))
 
 
 def _check(path: Path, job: dict[str, Any], what: str, fix: str) -> None:
     try:
-        found = json.loads((path / JOB).read_text(encoding="utf-8"))
+        found = _read_job(path)
     except (OSError, ValueError) as error:
         raise OutputError(path / JOB, "cannot be read", found=error, fix=fix) from error
     expected = json.loads(json.dumps(job))  # as the other one went

@@ -26,7 +26,7 @@ from knnmoe.runtime.errors import (
     OutputError,
     SettingError,
 )
-from knnmoe.runtime.jobs import work_directory
+from knnmoe.runtime.jobs import open_work, work_directory
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pack_parts import GateEntries
@@ -411,6 +411,15 @@ def test_an_interrupted_build_of_another_model_is_refused(build: Build, tmp_path
     other = make_tiny_olmoe(tmp_path / "other", seed=1)
     with pytest.raises(OutputError, match="model sha256"):
         build(tmp_path / "pack", checkpoint=other)
+
+
+def test_an_interrupted_export_of_that_name_is_not_discarded(build: Build, tmp_path: Path) -> None:
+    partial = work_directory(tmp_path / "pack")
+    open_work(partial, "export", {}, what="export", fix="")
+    for restart in (False, True):
+        with pytest.raises(OutputError, match=r"pack\.partial: .*another command.*found export"):
+            build(tmp_path / "pack", restart=restart)
+    assert partial.exists()
 
 
 def test_restart_discards_what_was_interrupted(build: Build, tmp_path: Path) -> None:

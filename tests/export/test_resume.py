@@ -21,7 +21,7 @@ from knnmoe.export.exporter import ExportReport, export
 from knnmoe.runtime import atomic
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.errors import CheckpointError, OutputError, VerificationError
-from knnmoe.runtime.jobs import work_directory
+from knnmoe.runtime.jobs import open_work, work_directory
 from tiny import make_tiny
 
 LAYERS = 2  # so there are three files of weights
@@ -306,6 +306,15 @@ def test_something_else_of_that_name_is_never_touched(checkpoint, tmp_path):
         with pytest.raises(OutputError, match=r"b\.partial: is in the way.*Move it"):
             export(checkpoint, tmp_path / "b", restart=restart)
     assert content(tmp_path) == {"b.partial/thesis.tex": b"years of work"}
+
+
+def test_an_interrupted_memory_build_of_that_name_is_not_discarded(checkpoint, tmp_path):
+    open_work(work_directory(tmp_path / "b"), "memory build", {}, what="build", fix="")
+    before = content(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(OutputError, match=r"b\.partial: .*another command.*found memory build"):
+            export(checkpoint, tmp_path / "b", restart=restart)
+    assert content(tmp_path) == before
 
 
 def test_two_exports_of_one_bundle_do_not_meet(checkpoint, whole, tmp_path, monkeypatch):
