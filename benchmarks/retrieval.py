@@ -76,8 +76,9 @@ def pack_of(folder: Path, bundle: Path, case: str) -> Path:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         projection = {"scan_width": width, "scan_bits": bits, "candidates": candidates}
-        command = [sys.executable, str(HERE / "cpu_decode.py"), "--pack", str(bundle), str(entries)]
-        subprocess.run([*command, str(path), json.dumps(projection)], check=True)
+        maker = [sys.executable, str(HERE / "decode_contenders.py"), "pack"]
+        wanted = [str(bundle), str(entries), str(path), json.dumps(projection)]
+        subprocess.run([*maker, *wanted], check=True)
     return path
 
 

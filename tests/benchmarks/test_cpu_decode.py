@@ -47,11 +47,13 @@ def test_contenders_take_turns_and_those_that_cannot_are_named(
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(target.read_text())
-    assert list(report["contenders"]) == ["frozen", "300 entries, two-stage"]
-    for row in report["contenders"].values():
+    (run,) = report["runs"]
+    assert run["threads"] == 1
+    assert list(run["contenders"]) == ["frozen", "300 entries, two-stage"]
+    for row in run["contenders"].values():
         assert row["decode_ms"] > 0
         assert row["peak_mb"] > 10
-    assert "onnxruntime-genai" in report["absent"]
+    assert "onnxruntime-genai" in run["absent"]
     assert "absent: onnxruntime-genai" in done.stdout
 
 
