@@ -1,7 +1,7 @@
 r"""Decode speed on the CPU: this runtime with and without memories against its peers.
 
     .venv/bin/python benchmarks/make_checkpoint.py olmoe-1b-7b --layers 4 build/olmoe-4
-    .venv/bin/knnmoe-export --precision int4 --quantize-head build/olmoe-4 build/olmoe-4-int4
+    .venv/bin/knnmoe-export --precision int4 --head-bits 8 build/olmoe-4 build/olmoe-4-int4
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/cpu_decode.py build/olmoe-4 \
         build/olmoe-4-int4 --llama-python OTHER/bin/python
 

@@ -65,22 +65,23 @@ WAYS = (
     Way("fp32", "fp32"),
     Way("fp16", "fp16"),
     Way("int8", "int8"),
-    Way("int8, head int8", "int8", QuantizeOptions(quantize_head=True)),
+    Way("int8, head int8", "int8", QuantizeOptions(head_bits=8)),
     Way("int4", "int4"),
     Way("int4, no search", "int4", QuantizeOptions(search=False)),
     Way("int4, zero points", "int4", QuantizeOptions(zero_points=True)),
     Way("int4, exact activations", "int4", QuantizeOptions(exact_activations=True)),
-    Way("int4, head int8", "int4", QuantizeOptions(quantize_head=True)),
+    Way("int4, head int8", "int4", QuantizeOptions(head_bits=8)),
+    Way("int4, head int4", "int4", QuantizeOptions(head_bits=4)),
 )
 WIDE_WAYS = (
     Way("fp32", "fp32"),
-    Way("int8, head int8", "int8", QuantizeOptions(quantize_head=True, search=False)),
+    Way("int8, head int8", "int8", QuantizeOptions(head_bits=8, search=False)),
     Way("int4", "int4", QuantizeOptions(search=False)),
-    Way("int4, head int8", "int4", QuantizeOptions(quantize_head=True, search=False)),
+    Way("int4, head int8", "int4", QuantizeOptions(head_bits=8, search=False)),
     Way("int4 in blocks of 32, head int8", "int4",
-        QuantizeOptions(quantize_head=True, search=False, block_size=32)),
+        QuantizeOptions(head_bits=8, search=False, block_size=32)),
     Way("int4, zero points, head int8", "int4",
-        QuantizeOptions(quantize_head=True, search=False, zero_points=True)),
+        QuantizeOptions(head_bits=8, search=False, zero_points=True)),
 )  # fmt: skip
 
 

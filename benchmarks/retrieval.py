@@ -65,7 +65,7 @@ def prepare(folder: Path) -> Path:
             command = [sys.executable, script, "olmoe-1b-7b", "--layers", "4", str(checkpoint)]
             subprocess.run(command, check=True)
         export = [str(Path(sys.executable).with_name("knnmoe-export")), "--precision", "int4"]
-        subprocess.run([*export, "--quantize-head", str(checkpoint), str(bundle)], check=True)
+        subprocess.run([*export, "--head-bits", "8", str(checkpoint), str(bundle)], check=True)
     return bundle
 
 

@@ -44,7 +44,7 @@ EPILOG = f"""\b
 Examples:
   knnmoe-export checkpoint --dry-run
   knnmoe-export checkpoint bundle --verify
-  knnmoe-export checkpoint bundle --precision int4 --quantize-head
+  knnmoe-export checkpoint bundle --precision int4 --head-bits 8
 
 {EXIT_CODES}"""
 
@@ -73,7 +73,8 @@ Examples:
 @click.option("--exact-activations", is_flag=True,
               help="int4: multiply with fp32, not with activations rounded to 8 bits; up to three "
                    "times slower.")  # fmt: skip
-@click.option("--quantize-head", is_flag=True, help="int8, int4: store the head in 8 bits too.")
+@click.option("--head-bits", type=click.Choice(["8", "4"]),
+              help="int8, int4: store the head in so many bits too, not in fp16.")  # fmt: skip
 @click.option("--no-scale-search", is_flag=True,
               help="int8, int4: take each block's range as it is; exports sooner, and is less "
                    "accurate.")  # fmt: skip
@@ -107,7 +108,7 @@ def main(
     block_size: str | None,
     zero_points: bool,
     exact_activations: bool,
-    quantize_head: bool,
+    head_bits: str | None,
     no_scale_search: bool,
     experts_per_token: int | None,
     link: bool,
@@ -142,7 +143,7 @@ def main(
             block_size=None if block_size is None else int(block_size),
             zero_points=zero_points,
             exact_activations=exact_activations,
-            quantize_head=quantize_head,
+            head_bits=None if head_bits is None else int(head_bits),
             search=not no_scale_search,
         )
         if dry_run:

@@ -20,7 +20,7 @@ from knnmoe.runtime.errors import CheckpointError, SettingError
 from .quantize import ErrorMeter, Floats, Quantized, Scheme, TensorError, quantize
 from .weights import PlannedTensor
 
-HEAD_BITS = 8  # of a quantised head, whatever the precision: it is where errors reach the output
+HEAD_BITS = (8, 4)  # of a quantised head, whatever the precision
 
 CODES, SCALES, ZERO_POINTS = ".codes", ".scales", ".zero_points"
 
@@ -70,14 +70,16 @@ class QuantizeOptions:
         zero_points: Give every block a zero point of its own: more accurate, and slower.
         exact_activations: Multiply with fp32, not with activations rounded to 8 bits. Not for int8,
             for which ONNX Runtime has no such operator.
-        quantize_head: Store the head in blocks of `HEAD_BITS` bits; not with exact activations.
+        head_bits: Store the head too in blocks, of `HEAD_BITS`; None keeps it fp16. It is where
+            errors reach the output: 4 bits cost more there than anywhere. 8 do not go with exact
+            activations.
         search: Search for the scales, which takes most of the time of an export.
     """
 
     block_size: int | None = None
     zero_points: bool = False
     exact_activations: bool = False
-    quantize_head: bool = False
+    head_bits: int | None = None
     search: bool = True
 
 
@@ -221,21 +223,28 @@ def storage_for(
             expected="int4, fp16 or fp32",
             fix="Choose another --precision, or leave --exact-activations out.",
         )
-    if options.quantize_head and options.exact_activations:
+    if options.head_bits not in (None, *HEAD_BITS):
         raise SettingError(
-            "quantize_head",
+            "head_bits",
+            "is not to be had",
+            expected=" or ".join(map(str, HEAD_BITS)),
+            found=options.head_bits,
+        )
+    if options.head_bits == 8 and options.exact_activations:
+        raise SettingError(
+            "head_bits",
             "does not go with exact activations: ONNX Runtime would unpack the whole 8-bit head at "
             "every step, which takes longer than all else",
             expected="one of the two",
             found="both",
-            fix="Leave --quantize-head or --exact-activations out.",
+            fix="Leave --exact-activations out, or take --head-bits 4 or none.",
         )
     found = Quantization(
         bits=QUANTIZED_BITS[precision],
         block_size=min(BLOCK_SIZES),
         zero_points=options.zero_points,
         activations="fp32" if options.exact_activations else "int8",
-        head_bits=HEAD_BITS if options.quantize_head else None,
+        head_bits=options.head_bits,
         search=options.search,
     )
     draft = Storage(precision, found, tied_head)

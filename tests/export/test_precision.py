@@ -51,12 +51,14 @@ WAYS: dict[str, tuple[str, QuantizeOptions]] = {
     "fp16": ("fp16", QuantizeOptions()),
     "int8": ("int8", QuantizeOptions()),
     "int8, head and zero points": (
-        "int8", QuantizeOptions(quantize_head=True, zero_points=True, search=False)
+        "int8", QuantizeOptions(head_bits=8, zero_points=True, search=False)
     ),
     "int4": ("int4", QuantizeOptions()),
     "int4, exact": ("int4", QuantizeOptions(exact_activations=True)),
-    "int4, head and zero points": ("int4", QuantizeOptions(quantize_head=True, zero_points=True)),
-    "int4 in small blocks": ("int4", QuantizeOptions(block_size=32, search=False)),
+    "int4, head and zero points": ("int4", QuantizeOptions(head_bits=8, zero_points=True)),
+    "int4 in small blocks, head too": (
+        "int4", QuantizeOptions(block_size=32, head_bits=4, search=False)
+    ),
 }  # fmt: skip
 SIZES = {"hidden_size": 128, "intermediate_size": 64}
 
@@ -106,7 +108,7 @@ def test_a_tied_head_and_bfloat16_are_no_exception(tmp_path, precision, tied):
     source = make_tiny_olmoe(
         tmp_path / "c", seed=2, dtype="bfloat16", tie_word_embeddings=tied, shards=2, **SIZES
     )
-    options = QuantizeOptions(quantize_head=precision != "fp16")
+    options = QuantizeOptions(head_bits=None if precision == "fp16" else 8)
     export(source, tmp_path / "b", precision=precision, options=options)
     assert verify(source, Bundle.open(tmp_path / "b")).max_abs_error <= 1e-4
 
@@ -181,7 +183,7 @@ def test_the_manifest_says_how_the_weights_are(exported, way):
         block_size=expected_block,
         zero_points=options.zero_points,
         activations="fp32" if options.exact_activations else "int8",
-        head_bits=8 if options.quantize_head else None,
+        head_bits=options.head_bits,
         search=options.search,
     )
     assert manifest.minimum_onnxruntime == "1.31"
@@ -272,7 +274,7 @@ def test_the_report_states_the_error_of_every_weight(tmp_path, checkpoint):
 
 def test_a_person_gets_a_table_of_errors(tmp_path, checkpoint):
     result = CliRunner().invoke(
-        cli.main, [str(checkpoint), str(tmp_path / "b"), "--precision", "int8", "--quantize-head"]
+        cli.main, [str(checkpoint), str(tmp_path / "b"), "--precision", "int8", "--head-bits", "8"]
     )
     assert result.exit_code == 0, result.output
     assert "Weights as int8" in result.stdout
@@ -286,7 +288,8 @@ def test_a_person_gets_a_table_of_errors(tmp_path, checkpoint):
         ("fp32", {"zero_points": True}, "zero_points"),
         ("fp16", {"block_size": 32}, "block_size"),
         ("int8", {"exact_activations": True}, "exact_activations"),
-        ("int4", {"exact_activations": True, "quantize_head": True}, "quantize_head"),
+        ("int4", {"exact_activations": True, "head_bits": 8}, "head_bits"),
+        ("int8", {"head_bits": 2}, "head_bits"),
         ("int4", {"block_size": 128}, "block_size"),  # an expert's rows are 64
         ("int4", {"block_size": 64, "zero_points": True}, "block_size"),  # one block a row
         ("int4", {"block_size": 48}, "block_size"),

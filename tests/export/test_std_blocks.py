@@ -27,11 +27,11 @@ from tiny import make_tiny_olmoe
 KINDS: dict[str, tuple[str, QuantizeOptions, dict[str, Any]]] = {
     "int4": ("int4", QuantizeOptions(search=False), {}),
     "int8, tied head": (
-        "int8", QuantizeOptions(quantize_head=True, search=False), {"tie_word_embeddings": True}
+        "int8", QuantizeOptions(head_bits=8, search=False), {"tie_word_embeddings": True}
     ),
     # Zero points that do not fill their last byte.
     "int4, head, zero points, 3 blocks a row": (
-        "int4", QuantizeOptions(quantize_head=True, zero_points=True, search=False),
+        "int4", QuantizeOptions(head_bits=8, zero_points=True, search=False),
         {"hidden_size": 96, "num_attention_heads": 6},
     ),
 }  # fmt: skip

@@ -181,7 +181,7 @@ def in_blocks(root: Path, precision: str, **sizes: int) -> Path:
     options = None
     if precision != "fp16":
         options = QuantizeOptions(
-            quantize_head=True, zero_points=precision == "int4" and not sizes, search=False
+            head_bits=8, zero_points=precision == "int4" and not sizes, search=False
         )
     sizes = {"hidden_size": 128, "intermediate_size": 64} | sizes
     checkpoint = make_tiny_olmoe(root / f"c {precision}", **sizes)
