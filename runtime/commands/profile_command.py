@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ import click
 FROM_DEVICE = "--from-device"  # is an option of `show`; without a bundle `show` need not be said
 
 # By name: module, attribute, short help.
-_ON_RECORDS = {
+ON_RECORDS: Mapping[str, tuple[str, str, str]] = {
     "show": (".profile_show", "show", "A record's tables, report and budget."),
     "compare": (".profile_compare", "compare", "Two records: what became slower, for CI."),
 }
@@ -30,10 +31,10 @@ class ProfileCommand(click.Command):
         **extra: Any,
     ) -> click.Context:
         """The context of this command, or of the one that is named."""
-        if args and args[0] in _ON_RECORDS:
-            return _named(args[0]).make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        if args and args[0] in ON_RECORDS:
+            return named(args[0]).make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
         if any(word.partition("=")[0] == FROM_DEVICE for word in args):
-            return _named("show").make_context(f"{info_name} show", args, parent, **extra)
+            return named("show").make_context(f"{info_name} show", args, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -43,11 +44,12 @@ class ProfileCommand(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The commands on records, and the example."""
         with formatter.section("Commands on records (a bundle of that name is ./NAME)"):
-            formatter.write_dl([(name, entry[2]) for name, entry in _ON_RECORDS.items()])
+            formatter.write_dl([(name, entry[2]) for name, entry in ON_RECORDS.items()])
         super().format_epilog(ctx, formatter)
 
 
-def _named(name: str) -> click.Command:
-    module, attribute, _ = _ON_RECORDS[name]
+def named(name: str) -> click.Command:
+    """The command of one of `ON_RECORDS`, imported."""
+    module, attribute, _ = ON_RECORDS[name]
     command: click.Command = getattr(importlib.import_module(module, __package__), attribute)
     return command

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\b
 Example:
   knnmoe profile bundle --memory pack --output before.json
-  knnmoe profile bundle --memory pack --output after.json      # with what changed
+  knnmoe profile bundle --memory pack --output after.json  # with what changed
   knnmoe profile compare before.json after.json --fail-above 5%
 """
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 EXAMPLE = """\b
 Example:
   knnmoe profile show record.json --html report.html
-  knnmoe profile show record.json --budget-ms 12 --memory pack --write-run-config run.json
+  knnmoe profile show record.json --budget-ms 12 --memory pack \\
+      --write-run-config run.json
   knnmoe profile --from-device jetson-results
 """
 
