@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from versions import environment
 
+from knnmoe.calibration.comparison.controls import changed_pack, shuffled
 from knnmoe.runtime.calibration import Variant, preset
 from knnmoe.runtime.evaluation import Evaluation, Scores, read_for, score_sequences
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
-from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.texts import TokenSequence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,35 +93,11 @@ def sequences(model: Model, path: Path) -> tuple[TokenSequence, ...]:
 
 def used(pack: MemoryPack, row: Row) -> MemoryPack:
     if row.shuffled:
-        pack = shuffle(pack)
+        path = Path(tempfile.mkdtemp()) / "shuffled"
+        pack = changed_pack(pack, path, shuffled, "values shuffled")
     if row.numbers is None:
         return pack
     return pack.with_settings(variant=row.variant, calibration=preset(row.variant, **row.numbers))
-
-
-def shuffle(pack: MemoryPack) -> MemoryPack:
-    """The pack with every entry's values moved to another entry."""
-    rng = np.random.default_rng(0)
-    gates = {}
-    for gate in pack.gates:
-        entries = pack.read(gate)
-        order = rng.permutation(gate.entries)
-        gates[gate.gate] = replace(
-            entries,
-            residuals=entries.residuals[order],
-            router_logits=entries.router_logits[order],
-        )
-    return write_pack(
-        Path(tempfile.mkdtemp()) / "shuffled",
-        model=pack.model,
-        gates=gates,
-        variant=pack.variant,
-        neighbors=pack.neighbors,
-        similarity=pack.similarity,
-        calibration={gate.gate: gate.calibration for gate in pack.gates},
-        origins=None,
-        provenance={"control": "values shuffled"},
-    )
 
 
 def delta(frozen: Scores, memory: Scores) -> dict[str, float]:

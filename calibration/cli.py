@@ -12,12 +12,11 @@ from typing import Any
 import click
 
 from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
 
 from .compress_cli import compress
-
-PATH = click.Path(path_type=Path)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+from .options import loss_options, text_option, threads_option, tokens_option
 
 BUILD_EXAMPLE = """\b
 Example:
@@ -47,12 +46,8 @@ def memory() -> None:
 @click.argument("checkpoint", type=PATH)
 @click.argument("references", nargs=-1, required=True, type=PATH, metavar="REFERENCE...")
 @click.argument("pack", type=PATH)
-@click.option(
-    "--background",
-    multiple=True,
-    type=PATH,
-    metavar="FILE",
-    help="Text the memory is not for: it finds entries that change nothing; repeatable.",
+@text_option(
+    "--background", "Text the memory is not for: it finds entries that change nothing; repeatable."
 )
 @click.option(
     "--background-ratio",
@@ -235,34 +230,11 @@ def inspect(pack: Path, as_json: bool) -> None:
 @memory.command(short_help="Fit on held-out text how far to trust it.", epilog=CALIBRATE_EXAMPLE)
 @click.argument("bundle", type=PATH)
 @click.argument("pack", type=PATH)
-@click.option(
-    "--domain",
-    multiple=True,
-    required=True,
-    type=PATH,
-    metavar="FILE",
-    help="Held-out text of the domain, none of it in the memory; repeatable.",
+@text_option(
+    "--domain", "Held-out text of the domain, none of it in the memory; repeatable.", required=True
 )
-@click.option(
-    "--general",
-    multiple=True,
-    required=True,
-    type=PATH,
-    metavar="FILE",
-    help="Text that must not suffer; repeatable.",
-)
-@click.option(
-    "--max-general-loss",
-    default=0.002,
-    show_default=True,
-    help="What general text may lose, nats a token, upper end of the interval.",
-)
-@click.option(
-    "--max-switch-loss",
-    default=5.0,
-    show_default=True,
-    help="What general text may lose where it follows the domain's, nats in all, upper end.",
-)
+@text_option("--general", "Text that must not suffer; repeatable.", required=True)
+@loss_options
 @click.option(
     "--max-latency",
     default=5.0,
@@ -275,13 +247,8 @@ def inspect(pack: Path, as_json: bool) -> None:
     is_flag=True,
     help="Try more ways, each gate frozen, the shuffled memory, and memories of less text.",
 )
-@click.option(
-    "--max-tokens",
-    default=6000,
-    show_default=True,
-    help="Tokens of each text to measure on, drawn from all over it.",
-)
-@click.option("--threads", type=int, help="Of the runtime.  [default: physical cores]")
+@tokens_option(6000, "text to measure on")
+@threads_option
 @json_option
 def calibrate(
     bundle: Path,

@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import SettingError
 
-PATH = click.Path(path_type=Path)
+from .options import loss_options, text_option, threads_option, tokens_option
+
 EXAMPLES = """\b
 Examples:
   knnmoe memory compress pack fast
@@ -76,38 +78,12 @@ _BUDGET = ("bundle", "domain", "general", "front", "costs")
     " values, entries and gates.",
 )
 @click.option("--bundle", type=PATH, help="With --budget: the model's, to run text.")
-@click.option(
-    "--domain",
-    multiple=True,
-    type=PATH,
-    metavar="FILE",
-    help="With --budget: held-out text of the domain, none of it in the memory; repeatable.",
+@text_option(
+    "--domain", "With --budget: held-out text of the domain, none of it in the memory; repeatable."
 )
-@click.option(
-    "--general",
-    multiple=True,
-    type=PATH,
-    metavar="FILE",
-    help="With --budget: text that must not suffer; repeatable.",
-)
-@click.option(
-    "--max-general-loss",
-    default=0.002,
-    show_default=True,
-    help="What general text may lose, nats a token, upper end of the interval.",
-)
-@click.option(
-    "--max-switch-loss",
-    default=5.0,
-    show_default=True,
-    help="What general text may lose where it follows the domain's, nats in all, upper end.",
-)
-@click.option(
-    "--max-tokens",
-    default=6000,
-    show_default=True,
-    help="Tokens of each text to measure on, drawn from all over it.",
-)
+@text_option("--general", "With --budget: text that must not suffer; repeatable.")
+@loss_options
+@tokens_option(6000, "text to measure on")
 @click.option(
     "--front",
     type=PATH,
@@ -121,9 +97,9 @@ _BUDGET = ("bundle", "domain", "general", "front", "costs")
     help="With --budget: what a device takes for what; measured here if the file is not there.",
 )
 @click.option("--device", default="this machine", show_default=True, help="Its name, for --costs.")
-@click.option("--threads", type=int, help="Of the runtime.  [default: physical cores]")
+@threads_option
 @click.option("--overwrite", is_flag=True, help="Replace a pack that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def compress(
     pack: Path,
     output: Path,

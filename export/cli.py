@@ -12,6 +12,7 @@ import click
 
 from knnmoe import __version__
 from knnmoe.runtime.cli_support import EXIT_CODES, CommandLine, outcome
+from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
 from knnmoe.runtime.jobs import work_directory
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 # Named here again so that `--help` need not import what defines them; a test compares.
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (32, 64, 128)
-_PATH = click.Path(path_type=Path)
 
 
 def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:
@@ -52,8 +52,8 @@ Examples:
 @click.command(
     cls=CommandLine, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.argument("checkpoint", type=_PATH)
-@click.argument("bundle", type=_PATH, required=False)
+@click.argument("checkpoint", type=PATH)
+@click.argument("bundle", type=PATH, required=False)
 @click.option("--dry-run", is_flag=True,
               help="Only say what the bundle would hold, and what it fits.")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=1), metavar="N",
@@ -93,7 +93,7 @@ Examples:
 @click.option("--no-fused", is_flag=True, help="Leave the fused layout out.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted export of this bundle.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.option("--list-families", is_flag=True, is_eager=True, expose_value=False,
               callback=_list_families, help="List what can be exported, and exit.")  # fmt: skip
 @click.version_option(__version__, prog_name="knnmoe-export")

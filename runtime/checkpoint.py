@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CheckpointError
-from .manifest import parse_object
+from .manifest import parse_object, read_object
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -202,20 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             expected=f"a file {path.name}",
             fix="Name the directory of a Hugging Face checkpoint.",
         )
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                path, "is too large", expected=f"at most {MAX_JSON_BYTES} bytes", found=size
-            )
-        content = parse_object(path.read_bytes())
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except ValueError as error:
-        raise CheckpointError(
-            path, f"is not a JSON object ({error})", fix=DOWNLOAD_AGAIN
-        ) from error
-    return content
+    return read_object(path, CheckpointError, DOWNLOAD_AGAIN, most_bytes=MAX_JSON_BYTES)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .chat import ChatTemplate
-from .documents import Document, Span, check_unicode
+from .documents import Document, Span
 from .errors import CheckpointError, InputError
+from .utf8 import check_unicode
 
 ASSISTANT = "assistant"
 

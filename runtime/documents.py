@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .utf8 import check_unicode
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -200,19 +201,6 @@ def _of_record(where: str, record: dict[str, Any], render: Render | None) -> Ite
     if not completion or completion.isspace():
         raise InputError(where, "has an empty completion", expected="text that is predicted")
     yield Document(where, iter([Span(prompt, credited=False), Span(completion)]))
-
-
-def check_unicode(where: str, text: str) -> None:
-    """Raise `InputError` for lone surrogates, which JSON can state and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            where,
-            "not valid Unicode",
-            expected="text without lone surrogates",
-            found=f"U+{ord(text[error.start]):04X}",
-        ) from error
 
 
 class TextHash:

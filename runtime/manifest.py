@@ -48,22 +48,7 @@ class ManifestKind:
                 expected=f"a directory with a file {self.file}",
                 fix=self.fix,
             )
-        try:
-            size = path.stat().st_size
-            if size > MAX_MANIFEST_BYTES:
-                raise self.error(
-                    path,
-                    "is too large",
-                    expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-                    found=size,
-                    fix=self.fix,
-                )
-            with path.open("rb") as stream:
-                content = parse_object(stream.read(MAX_MANIFEST_BYTES))
-        except OSError as error:
-            raise self.error(path, f"cannot be read ({error.strerror})", fix=self.fix) from error
-        except ValueError as error:
-            raise self.error(path, f"is not valid JSON ({error})", fix=self.fix) from error
+        content = read_object(path, self.error, self.fix)
         found = content.get("schema")
         if found != self.schema and found not in self.older:
             raise self.error(
@@ -74,6 +59,31 @@ class ManifestKind:
                 fix=self.other_schema,
             )
         return Fields(str(path), content, self.error, self.fix)
+
+
+def read_object(
+    path: Path, error: type[KnnMoeError], fix: str, *, most_bytes: int = MAX_MANIFEST_BYTES
+) -> dict[str, Any]:
+    """A file that is one JSON object.
+
+    Args:
+        path: The file.
+        error: What to raise if it is too large, cannot be read, or is none (see `parse_object`).
+        fix: The next step which that names.
+        most_bytes: Its size at most; of a larger one nothing is read.
+    """
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise error(
+                path, "is too large", expected=f"at most {most_bytes} bytes", found=size, fix=fix
+            )
+        with path.open("rb") as stream:
+            return parse_object(stream.read(most_bytes))
+    except OSError as refused:
+        raise error(path, f"cannot be read ({refused.strerror})", fix=fix) from refused
+    except ValueError as malformed:
+        raise error(path, f"is not valid JSON ({malformed})", fix=fix) from malformed
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .atomic import write_file
 from .compressed import CompressedMemory, Memory
 from .errors import SettingError
-from .manifest import Fields, parse_object
+from .manifest import Fields, read_object
 from .memory import MemoryPack
 from .pack_files import MANIFEST
 from .pack_parts import ModelIdentity
@@ -69,14 +69,7 @@ class RunConfig:
             SettingError: If it cannot be read, is of another schema, or a field is malformed.
         """
         file = Path(path)
-        try:
-            content = parse_object(file.read_bytes())
-        except OSError as error:
-            raise SettingError(
-                file, f"cannot be read ({error.strerror})", fix=WRITE_AGAIN
-            ) from error
-        except ValueError as error:
-            raise SettingError(file, f"is not valid JSON ({error})", fix=WRITE_AGAIN) from error
+        content = read_object(file, SettingError, WRITE_AGAIN)
         fields = Fields(str(file), content, SettingError, WRITE_AGAIN)
         if (found := content.get("schema")) != SCHEMA:
             raise fields.wrong("schema", "unknown", expected=SCHEMA, found=found)

@@ -10,6 +10,7 @@ import tokenizers
 
 from .errors import BundleError, InputError
 from .manifest import parse_object
+from .utf8 import check_unicode, decode_utf8
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -89,16 +90,7 @@ class Tokenizer:
             text = decode_utf8(text, where)
         if not text:
             raise InputError(where, "empty", expected="at least one character")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                where,
-                "not valid Unicode",
-                expected="text without lone surrogates",
-                found=f"U+{ord(text[error.start]):04X} at character {error.start}",
-                fix="Give the text as UTF-8.",
-            ) from error
+        check_unicode(where, text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
         if not ids:
             raise InputError(where, "gives no tokens", found=repr(text[:40]))
@@ -184,20 +176,6 @@ class TextStream:
     def _piece(self) -> str:
         text: str = self._backend.decode(self._context + self._pending)
         return text[self._context_length :]
-
-
-def decode_utf8(content: bytes, where: object) -> str:
-    """Bytes as text, a byte order mark dropped, or `InputError` naming the line and byte."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{where}, line {line}",
-            "not UTF-8",
-            found=f"byte 0x{content[error.start]:02X} at offset {error.start}",
-            fix="Convert the text to UTF-8.",
-        ) from error
 
 
 def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:

@@ -12,10 +12,8 @@ from typing import Any
 import click
 
 from knnmoe.runtime.cli_support import outcome, print_note
+from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
-
-PATH = click.Path(path_type=Path)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 BUILD_EXAMPLE = """\b
 Example:

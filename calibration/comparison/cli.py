@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 
 from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.commands.common import PATH, json_option
 
-PATH = click.Path(path_type=Path)
+from ..options import text_option, threads_option, tokens_option
+
 EXAMPLE = """\b
 Example:
   knnmoe compare checkpoint bundle --memory pack --reference reference.jsonl \\
@@ -20,33 +22,18 @@ Example:
 @click.argument("checkpoint", type=PATH)
 @click.argument("bundle", type=PATH)
 @click.option("--memory", type=PATH, required=True, metavar="PACK", help="As calibrated.")
-@click.option(
+@text_option(
     "--reference",
-    multiple=True,
+    "What the memory was built from; the alternatives learn from it too.",
     required=True,
-    type=PATH,
-    metavar="FILE",
-    help="What the memory was built from; the alternatives learn from it too.",
 )
-@click.option(
+@text_option(
     "--validation",
-    multiple=True,
+    "Text of the domain on which the alternatives choose their settings.",
     required=True,
-    type=PATH,
-    metavar="FILE",
-    help="Text of the domain on which the alternatives choose their settings.",
 )
-@click.option(
-    "--text",
-    multiple=True,
-    required=True,
-    type=PATH,
-    metavar="FILE",
-    help="Text of the domain to measure on, none of it used before.",
-)
-@click.option(
-    "--general", multiple=True, type=PATH, metavar="FILE", help="Text that should stay as it is."
-)
+@text_option("--text", "Text of the domain to measure on, none of it used before.", required=True)
+@text_option("--general", "Text that should stay as it is.")
 @click.option(
     "--rows",
     default="all",
@@ -54,12 +41,7 @@ Example:
     help="Names with commas, or all,-full,-oracle to leave some out.",
 )
 @click.option("--context", type=int, help="Tokens a sequence.  [default: 256, or all positions]")
-@click.option(
-    "--max-tokens",
-    default=10_000,
-    show_default=True,
-    help="Tokens of each test text, drawn from all over it.",
-)
+@tokens_option(10_000, "test text")
 @click.option(
     "--explain/--no-explain",
     "explained",
@@ -68,8 +50,8 @@ Example:
     help="Also gates one by one, λ, experts and tokens.",
 )
 @click.option("--html", type=PATH, metavar="FILE", help="Write a report that needs nothing else.")
-@click.option("--threads", type=int, help="Of the runtime.  [default: physical cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@threads_option
+@json_option
 def compare(
     checkpoint: Path,
     bundle: Path,

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from ..atomic import write_file
 from ..errors import ProfileError
-from ..manifest import Fields, parse_object
+from ..manifest import Fields, read_object
 from .intervals import median, percentiles
 
 SCHEMA = "knnmoe.profile/2"
@@ -331,17 +331,7 @@ def read_record(path: str | Path) -> ProfileRecord:
         ProfileError: If it cannot be read, or is no such record.
     """
     file = Path(path)
-    try:
-        size = file.stat().st_size
-        if size > MAX_RECORD_BYTES:
-            raise ProfileError(
-                file, "is too large", expected=f"at most {MAX_RECORD_BYTES} bytes", found=size
-            )
-        content = parse_object(file.read_bytes())
-    except OSError as error:
-        raise ProfileError(file, f"cannot be read ({error.strerror})", fix=MEASURE_AGAIN) from error
-    except ValueError as error:
-        raise ProfileError(file, f"is not valid JSON ({error})", fix=MEASURE_AGAIN) from error
+    content = read_object(file, ProfileError, MEASURE_AGAIN, most_bytes=MAX_RECORD_BYTES)
     return from_json(content, str(file))
 
 

@@ -117,7 +117,7 @@ def test_what_is_no_directory_of_a_checkpoint_is_refused(tmp_path):
 def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
     make_tiny_olmoe(tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"config\.json: is not a JSON object"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
         Checkpoint.open(tmp_path)
 
 
