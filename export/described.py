@@ -11,7 +11,8 @@ from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.selection_bias import TENSOR
 
-from .architecture import Architecture, describe, further_tensors
+from .architecture import Architecture
+from .describe import describe
 from .families import family_of
 from .gate_graphs import GateShape
 from .graph import GraphBuilder, StoredTensor
@@ -21,6 +22,7 @@ from .lowering.ort_weights import segment_weights
 from .refusals import check_tied_head
 from .split import ModelPlan, fused_graph, segment_graph
 from .storage import Storage
+from .tensors import further_tensors
 from .weights import PlannedTensor, row_chunks
 
 

@@ -16,7 +16,8 @@ from knnmoe.runtime.checkpoint import CONFIG, MAX_JSON_BYTES
 from knnmoe.runtime.errors import BundleError, CheckpointError, SettingError
 from knnmoe.runtime.manifest import parse_object
 
-from .architecture import Architecture, describe_config
+from .architecture import Architecture
+from .describe import describe_config
 from .families import FAMILIES
 from .gate_graphs import gate_functions, gate_graph
 from .graph import GraphBuilder, keep_names_apart

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from knnmoe.export.architecture import Family
 from knnmoe.export.config import NOT_DESCRIBED
+from knnmoe.export.family import Family
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 

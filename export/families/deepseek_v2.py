@@ -1,6 +1,6 @@
 """DeepSeek-V2 (and V2-Lite): latent attention, softmax routing, by groups where the config says."""
 
-from knnmoe.export.architecture import ConfigNames, Family
+from knnmoe.export.family import ConfigNames, Family
 from knnmoe.export.latent import LatentNames
 
 from .names import DEEPSEEK_LATENT

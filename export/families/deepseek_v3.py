@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import Family
+from knnmoe.export.family import Family
 from knnmoe.export.latent import LatentNames
 
 from .names import DEEPSEEK_ALIASES, DEEPSEEK_CONFIG, DEEPSEEK_LATENT, SELECTION_BIAS

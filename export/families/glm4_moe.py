@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import Family
+from knnmoe.export.family import Family
 
 from .names import ATTENTION, DEEPSEEK, DEEPSEEK_ALIASES, DEEPSEEK_CONFIG, SELECTION_BIAS
 

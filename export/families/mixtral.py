@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import ConfigNames, Family
+from knnmoe.export.family import ConfigNames, Family
 
 from .names import COMMON, LAYER
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from knnmoe.export.architecture import ConfigNames, TensorNames
+from knnmoe.export.family import ConfigNames, TensorNames
 
 LAYER = "model.layers.{layer}"
 ATTENTION = f"{LAYER}.self_attn"

@@ -12,9 +12,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from knnmoe.export.architecture import Architecture, TensorNames, layer_tensors
+from knnmoe.export.architecture import Architecture
 from knnmoe.export.experts import down_rows, gate_up_rows
+from knnmoe.export.family import TensorNames
 from knnmoe.export.latent import Latent
+from knnmoe.export.tensors import layer_tensors
 from knnmoe.export.weights import PlannedTensor, row_chunks
 from knnmoe.runtime.checkpoint import Checkpoint
 

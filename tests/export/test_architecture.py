@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from knnmoe.export.architecture import Swiglu, describe, further_tensors
+from knnmoe.export.architecture import Swiglu
+from knnmoe.export.describe import describe
 from knnmoe.export.exporter import export, plan_export
 from knnmoe.export.families import family_of
 from knnmoe.export.rope import Rope, Yarn
+from knnmoe.export.tensors import further_tensors
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 from knnmoe.runtime.routing import RoutingRule

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from knnmoe.export.architecture import describe_config
+from knnmoe.export.describe import describe_config
 from knnmoe.export.families.gpt_oss import GPT_OSS
 from knnmoe.export.graph import GraphBuilder
 from knnmoe.export.lowering.base import Lowering
