@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from knnmoe.runtime.bundle import Bundle
 
     from .exporter import ExportReport
-    from .verify import VerifyReport
+    from .verification.differences import VerifyReport
 
 # Named here again so that `--help` need not import what defines them; a test compares.
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -137,7 +137,8 @@ def main(
             ) from error
         from .progress import export_bars
         from .storage import QuantizeOptions
-        from .verify import require_reference, verify
+        from .verification.reference import require_reference
+        from .verification.verify import verify
 
         options = QuantizeOptions(
             block_size=None if block_size is None else int(block_size),

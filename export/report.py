@@ -12,7 +12,7 @@ from knnmoe.runtime.atomic import readable_size
 
 from .exporter import ExportPlan, ExportReport
 from .fit import RESERVED, Needs, fits, needs
-from .verify import VerifyReport
+from .verification.differences import VerifyReport
 
 
 def print_report(report: ExportReport, check: VerifyReport | None) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from knnmoe.export import cli, verify
-from knnmoe.export.verify import VerifyReport
+from knnmoe.export import cli
+from knnmoe.export.verification import reference, verify
+from knnmoe.export.verification.differences import VerifyReport
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.errors import VerificationError
 from tiny import make_tiny_olmoe
@@ -62,7 +63,7 @@ def test_a_bundle_that_disagrees_is_not_kept(checkpoint, tmp_path, monkeypatch):
         raise VerificationError("logits", "disagree", expected="1e-4", found="0.1")
 
     monkeypatch.setattr(verify, "verify", disagree)
-    monkeypatch.setattr(verify, "require_reference", lambda: None)
+    monkeypatch.setattr(reference, "require_reference", lambda: None)
     result = call(checkpoint, tmp_path / "b", "--verify", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"] == "VerificationError"

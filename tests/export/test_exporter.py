@@ -254,7 +254,8 @@ def test_progress_counts_up_to_the_whole(checkpoint, tmp_path):
 
 
 def test_the_exporter_module_needs_neither_torch_nor_transformers():
-    code = "import sys, knnmoe.export.exporter, knnmoe.export.verify, knnmoe.export.cli; " \
+    code = "import sys, knnmoe.export.exporter, knnmoe.export.cli, " \
+           "knnmoe.export.verification.verify; " \
            "assert not {'torch', 'transformers'} & set(sys.modules)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)
     assert exporter.export is export

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from knnmoe.export.exporter import export
-from knnmoe.export.verify import CASES, verify
+from knnmoe.export.verification.cases import CASES
+from knnmoe.export.verification.verify import verify
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.errors import VerificationError

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from conftest import write_tiny_pack
 from knnmoe.export.exporter import export
 from knnmoe.export.families import FAMILIES
-from knnmoe.export.verify import CASES, verify
+from knnmoe.export.verification.cases import CASES
+from knnmoe.export.verification.verify import verify
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.model import Model
 from thinned import thinned

@@ -25,7 +25,8 @@ from knnmoe.export.exporter import ExportReport, export
 from knnmoe.export.quantize import unpack
 from knnmoe.export.std import StdGraph, StdModel, StdOptions
 from knnmoe.export.storage import QuantizeOptions
-from knnmoe.export.verify import SplitRunner, verify
+from knnmoe.export.verification.bundle_runs import SplitRunner
+from knnmoe.export.verification.verify import verify
 from knnmoe.runtime.bundle import Bundle, Quantization
 from knnmoe.runtime.checkpoint import Checkpoint
 from knnmoe.runtime.engines import requirements

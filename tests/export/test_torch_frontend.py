@@ -17,7 +17,8 @@ from conftest import write_tiny_pack  # noqa: E402
 from knnmoe.export.cli import main  # noqa: E402
 from knnmoe.export.exporter import export, plan_export  # noqa: E402
 from knnmoe.export.std import StdModel, StdOptions  # noqa: E402
-from knnmoe.export.verify import CASES, verify  # noqa: E402
+from knnmoe.export.verification.cases import CASES  # noqa: E402
+from knnmoe.export.verification.verify import verify  # noqa: E402
 from knnmoe.runtime.bundle import Bundle  # noqa: E402
 from knnmoe.runtime.errors import BackendError, BundleError, CheckpointError, SettingError  # noqa: E402
 from knnmoe.runtime.model import Model  # noqa: E402
