@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from versions import environment
 
-from knnmoe.calibration.budget import Budget, BudgetSettings, compress_to_budget
+from knnmoe.calibration.budget import Budget, compress_to_budget
+from knnmoe.calibration.budget_search import BudgetSettings
 from knnmoe.calibration.compress import compress_pack
 from knnmoe.calibration.confidence import interval_of
 from knnmoe.calibration.costs import clock_of, measure_costs, turn_by_turn

@@ -216,12 +216,8 @@ def show(
         table.add_column(column, justify="right")
     for name, found in rows.items():
         cells = (found.get(text) for text in ("domain", "general", "switch"))
-        table.add_row(name, *("" if one is None else shown(one) for one in cells))
+        table.add_row(name, *("" if one is None else str(one) for one in cells))
     console.print(table)
-
-
-def shown(found: Interval) -> str:
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 if __name__ == "__main__":

@@ -410,7 +410,7 @@ def _harmful(pack: MemoryPack, tried: Sequence[Tried], limits: Limits) -> Verifi
             pack.path,
             "every way of using this memory costs general text too much",
             expected=f"at most {limits.general:+.4f} nats a token, upper end of the interval",
-            found=f"{_text(mildest.general)} with {mildest.candidate.name}",
+            found=f"{mildest.general} with {mildest.candidate.name}",
             fix="Give more text to measure on, or allow more with --max-general-loss;"
             " the pack is unchanged.",
         )
@@ -422,7 +422,7 @@ def _harmful(pack: MemoryPack, tried: Sequence[Tried], limits: Limits) -> Verifi
         "every way of using this memory that spares general text lets go of it too late where"
         " it follows the domain's",
         expected=f"at most {limits.switch:+.2f} nats a change of subject, upper end",
-        found=f"{_text(quickest.switch)} with {quickest.candidate.name}",
+        found=f"{quickest.switch} with {quickest.candidate.name}",
         fix="Build the memory with --background text, or allow more with --max-switch-loss;"
         " the pack is unchanged.",
     )
@@ -433,8 +433,8 @@ def _constant(pack: MemoryPack, chosen: Tried, controls: Controls) -> Verificati
         pack.path,
         "what this memory gains is a constant correction: looking entries up adds nothing",
         expected="an interval below zero of the memory's change minus that of its mean residual",
-        found=f"{_text(controls.retrieval)} nats a token; mean residual alone"
-        f" {_text(controls.constant)}, memory {_text(chosen.domain)}",
+        found=f"{controls.retrieval} nats a token; mean residual alone"
+        f" {controls.constant}, memory {chosen.domain}",
         fix="Check that values belong to their keys, or build it from more reference text;"
         " the pack is unchanged.",
     )
@@ -455,12 +455,8 @@ def _useless(
         pack.path,
         "this memory does not make the domain's text more likely for sure",
         expected="a 95 % interval below zero on text that did not choose the settings",
-        found=f"{_text(proven)} nats a token over {len(text.sequences)} sequences"
-        f" ({_text(chosen.domain)} with {chosen.candidate.name}, which they chose)",
+        found=f"{proven} nats a token over {len(text.sequences)} sequences"
+        f" ({chosen.domain} with {chosen.candidate.name}, which they chose)",
         fix=f"{more}. Build it from more text of the same domain, or give more text to measure"
         " on; the pack is unchanged.",
     )
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"

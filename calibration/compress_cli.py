@@ -139,7 +139,8 @@ def compress(
             plain = compress_pack(pack, output, _settings(options), overwrite=overwrite)
             result(plain.to_json(), lambda: print_compression(plain))
             return
-        from .budget import Budget, BudgetSettings, compress_to_budget
+        from .budget import Budget, compress_to_budget
+        from .budget_search import BudgetSettings
         from .progress import token_bar
         from .tables import print_budget
 

@@ -175,6 +175,14 @@ class Interval:
     low: float
     high: float
 
+    def text(self, digits: int = 4) -> str:
+        """As people read it: `-0.0749 [-0.0897, -0.0598]`."""
+        mean, low, high = (f"{n:+.{digits}f}" for n in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return self.text()
+
 
 @dataclass(frozen=True)
 class Measured:

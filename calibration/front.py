@@ -9,7 +9,7 @@ from knnmoe.runtime.atomic import write_file
 from knnmoe.runtime.reports.elements import E, Element
 from knnmoe.runtime.reports.plots import Scale, marked_points
 
-from .budget import BudgetReport, Point
+from .budget_report import BudgetReport, Point
 
 # What the page of a report does for its plots, for a file that stands alone.
 _STYLE = """

@@ -15,7 +15,7 @@ from knnmoe.runtime.cli_support import printable
 from knnmoe.runtime.commands.common import output
 
 if TYPE_CHECKING:
-    from .budget import BudgetReport
+    from .budget_report import BudgetReport
     from .build import BuildReport  # which needs torch
     from .calibrate import CalibrationReport
     from .compress import CompressReport
@@ -102,7 +102,7 @@ def print_budget(report: BudgetReport) -> None:
             f"{point.bytes / whole.bytes:.1%}",
             f"{point.recall:.4f}",
             "-" if kept is None else f"{kept:.1%}",
-            "-" if point.general is None else interval(point.general),
+            "-" if point.general is None else str(point.general),
             "-" if point.ms is None else f"{point.ms:.3g}",
             style="bold" if point is report.chosen else None,
         )
@@ -129,7 +129,7 @@ def print_budget(report: BudgetReport) -> None:
 
 
 def _of(found: Interval | None) -> str:
-    return "-" if found is None else interval(found)
+    return "-" if found is None else str(found)
 
 
 def print_summary(summary: PackSummary) -> None:
@@ -186,24 +186,23 @@ def print_calibration(report: CalibrationReport) -> None:
     for one in report.tried:
         table.add_row(
             one.candidate.name,
-            interval(one.domain),
-            interval(one.general),
-            "-" if one.switch is None else interval(one.switch, 2),
+            str(one.domain),
+            str(one.general),
+            "-" if one.switch is None else one.switch.text(2),
             style="bold" if one is report.chosen else None,
         )
     console.print(table)
     console.print(f"Written into {report.pack.path}: {report.chosen.candidate.name}", markup=False)
     console.print(
-        f"On text that took no part in the choice: domain {interval(report.domain)},"
-        f" general {interval(report.general)}"
+        f"On text that took no part in the choice: domain {report.domain}, general {report.general}"
     )
     controls = report.controls
     console.print(
-        f"Of the domain's change retrieval makes {interval(controls.retrieval)}, a constant"
-        f" correction (the mean residual) {interval(controls.constant)}"
+        f"Of the domain's change retrieval makes {controls.retrieval}, a constant"
+        f" correction (the mean residual) {controls.constant}"
     )
     if controls.shuffled is not None:
-        console.print(f"Values at other entries (control): {interval(controls.shuffled)}")
+        console.print(f"Values at other entries (control): {controls.shuffled}")
     if report.law is not None:
         sizes = zip(report.law.tokens, report.law.changes, strict=True)
         console.print("By reference tokens: " + ", ".join(f"{n:,} {c:+.4f}" for n, c in sizes))
@@ -221,12 +220,6 @@ def print_calibration(report: CalibrationReport) -> None:
             f" {report.latency.limit:g} % were allowed{busy}.",
             style="yellow",
         )
-
-
-def interval(found: Interval, digits: int = 4) -> str:
-    """A mean with its interval, signed."""
-    mean, low, high = (f"{n:+.{digits}f}" for n in (found.mean, found.low, found.high))
-    return f"{mean} [{low}, {high}]"
 
 
 def formula(numbers: Calibration) -> str:

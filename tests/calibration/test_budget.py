@@ -13,14 +13,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from knnmoe.calibration import budget
-from knnmoe.calibration.budget import (
-    Budget,
-    BudgetSettings,
-    compress_to_budget,
-    halves,
-    token_nll,
-)
+from knnmoe.calibration import budget_search
+from knnmoe.calibration.budget import Budget, compress_to_budget
+from knnmoe.calibration.budget_search import BudgetSettings, halves, token_nll
 from knnmoe.calibration.build import build_memory
 from knnmoe.calibration.cli import memory as memory_commands
 from knnmoe.calibration.confidence import Interval
@@ -275,15 +270,15 @@ def test_a_compression_that_loses_the_gain_or_harms_other_text_is_refused(
     pack: Path, tiny_bundle: Path, texts: Texts, costs: Path, tmp_path: Path, harm: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    honest = budget._Search._measured
+    honest = budget_search.Search._measured
 
     def measured(self: Any, point: Any, memory: MemoryPack) -> Any:
         found = honest(self, point, memory)
         bad = Interval(0.5, 0.4, 0.6) if harm == "general" else Interval(-0.01, -0.05, 0.03)
         return found if point.recipe is None else replace(found, **{harm: bad})
 
-    monkeypatch.setattr(budget._Search, "_measured", measured)
-    monkeypatch.setattr(budget, "SHORT", 1)
+    monkeypatch.setattr(budget_search.Search, "_measured", measured)
+    monkeypatch.setattr(budget_search, "SHORT", 1)
     (tmp_path / "out").mkdir()
     with pytest.raises(VerificationError, match="nothing within this budget both gains and spares"):
         run(pack, tmp_path / "out" / "a", "40%", tiny_bundle, texts, costs=costs)
