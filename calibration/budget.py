@@ -30,6 +30,7 @@ from .compress import check_compressible
 from .costs import Costs, measure_costs, plain_bytes
 from .recipes import LEAST_ENTRIES, smallest
 
+_DEFAULTS = BudgetSettings()
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9,
           "kib": 2**10, "mib": 2**20, "gib": 2**30}  # fmt: skip
 
@@ -73,7 +74,7 @@ def compress_to_budget(
     path: str | Path,
     target: str | Path,
     budget: Budget,
-    settings: BudgetSettings,
+    settings: BudgetSettings = _DEFAULTS,
     *,
     bundle: str | Path | None = None,
     domain: Sequence[str | Path] = (),
