@@ -30,7 +30,7 @@ from .controls import Background, background_of
 from .costs import Costs, held_bytes, plain_bytes
 from .evidence import measure_evidence
 from .recipes import Prober, Recipe, Reducer, fitted, recipes, short_list
-from .recorded import Asked, record_inputs
+from .recorded import GateInputs, record_inputs
 from .switching import joined
 
 SHORT = 5  # recipes that are measured
@@ -79,8 +79,8 @@ class Search:
         self.limits = Limits(settings.max_general_loss, settings.max_switch_loss)
         self.costs: Costs | None = None
         self.background: Background = background_of(pack)
-        self.asked: dict[int, Asked] = {}
-        self.probed: dict[int, Asked] = {}
+        self.asked: dict[int, GateInputs] = {}
+        self.probed: dict[int, GateInputs] = {}
         self.gains: NDArray[np.float64] | None = None
         self.texts: dict[str, TokenText] = {}
         self.bench: Bench | None = None

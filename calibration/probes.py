@@ -21,8 +21,8 @@ from knnmoe.runtime.pack_tensors import prepare_keys
 from knnmoe.runtime.stored_values import store_values
 
 from .compress import StoredAs
-from .recall import Exact, Keys, principal, project_keys, search_by, turned
-from .recorded import Asked
+from .recall import Exact, Keys, correction, principal, project_keys, search_by, turned
+from .recorded import GateInputs
 
 QUERIES = 192
 AMONG = 20_000  # entries that probes are searched among, at most
@@ -38,7 +38,7 @@ class Probe:
     Attributes:
         exact: Centred queries [T, D], the centred keys [N', D] they are searched among, and who is
             nearest.
-        rows: Router logits [T, E] of the queries.
+        router_logits: [T, E], of the queries.
         values: [N', E].
         entries: [N'] which of the gate's entries those are.
         directions: Principal directions of the keys, [D, D].
@@ -46,7 +46,7 @@ class Probe:
     """
 
     exact: Exact
-    rows: Floats
+    router_logits: Floats
     values: Floats
     entries: NDArray[np.int64]
     directions: Floats
@@ -60,15 +60,13 @@ class Probe:
         weights = neighbor_weights(similar, found, self.numbers)
         means = np.einsum("tk,tke->te", weights, values[neighbors])
         evidence = token_evidence(similar, found, self.numbers)
-        corrections: Floats = evidence[:, None] * (means - self.numbers.interpolate * self.rows)
+        replaced = self.numbers.interpolate * self.router_logits
+        corrections: Floats = evidence[:, None] * (means - replaced)
         return corrections
 
     def right(self) -> Floats:
         """The memory's own."""
-        nearest = self.exact.nearest
-        products = np.einsum("td,tkd->tk", self.exact.queries, self.exact.among[nearest])
-        _, products = self.exact.of_some(products, nearest)
-        return self.answers(nearest, products, self.values)
+        return self.answers(self.exact.nearest, self.exact.nearest_products(), self.values)
 
     def _similarities(self, neighbors: NDArray[np.int64], products: Floats) -> Floats:
         squares = (self.exact.queries**2).sum(axis=1, keepdims=True)
@@ -94,7 +92,7 @@ class KeysFound:
 
 
 def make_probe(
-    pack: MemoryPack, gate: PackGate, entries: GateEntries, asked: Asked | None, seed: int = 0
+    pack: MemoryPack, gate: PackGate, entries: GateEntries, asked: GateInputs | None, seed: int = 0
 ) -> Probe:
     """A probe of a gate.
 
@@ -112,10 +110,10 @@ def make_probe(
     among = np.sort(order[held : held + AMONG])
     if asked is not None:
         drawn = random.permutation(len(asked.x))[:QUERIES]
-        x, rows = asked.x[drawn], asked.rows[drawn]
+        x, router_logits = asked.x[drawn], asked.router_logits[drawn]
     else:
         x = entries.keys[order[:held]].astype(np.float32)
-        rows = entries.router_logits[order[:held]].astype(np.float32)
+        router_logits = entries.router_logits[order[:held]].astype(np.float32)
     keys = entries.keys[among].astype(np.float32) - entries.center
     values = values_of(entries, pack)[among]
     exact = Exact.of(x - entries.center, keys, min(pack.neighbors, len(among)), pack.similarity)
@@ -123,7 +121,7 @@ def make_probe(
         keys[:_FITTED] if len(keys) <= _FITTED else keys[random.permutation(len(keys))[:_FITTED]]
     )
     directions = principal(unit_rows(fitted) if pack.similarity == "cosine" else fitted)
-    return Probe(exact, rows, values, among, directions, gate.calibration, pack.similarity)
+    return Probe(exact, router_logits, values, among, directions, gate.calibration, pack.similarity)
 
 
 def values_of(entries: GateEntries, pack: MemoryPack) -> NDArray[np.float32]:
@@ -142,19 +140,11 @@ def probe_keys(
     for kind in kinds:
         ids, products = search_by(probe.exact, scan, candidates, kind)
         if kind == "projected":
-            products = products * _correction(probe, products)
+            products = products * correction(probe.exact, products)
         answers = probe.answers(ids, products, probe.values)
         same = (probe.exact.nearest[:, :, None] == ids[:, None, :]).any(axis=2)
         found[kind] = KeysFound(float(same.mean()), _error(answers, right))
     return found
-
-
-def _correction(probe: Probe, products: Floats) -> float:
-    """What projected products are too small by; writing the pack finds it on keys held back."""
-    nearest = probe.exact.nearest
-    true = np.einsum("td,tkd->tk", probe.exact.queries, probe.exact.among[nearest])
-    total = float(products.sum())
-    return float(probe.exact.of_some(true, nearest)[1].sum()) / total if total > 0 else 1.0
 
 
 def probe_values(probe: Probe, kind: StoredAs) -> float:
@@ -164,8 +154,7 @@ def probe_values(probe: Probe, kind: StoredAs) -> float:
     near = np.unique(probe.exact.nearest)
     rounded = probe.values.copy()
     rounded[near] = store_values(probe.values[near], kind).widened()
-    products = np.einsum("td,tkd->tk", probe.exact.queries, probe.exact.among[probe.exact.nearest])
-    _, products = probe.exact.of_some(products, probe.exact.nearest)
+    products = probe.exact.nearest_products()
     return _error(probe.answers(probe.exact.nearest, products, rounded), probe.right())
 
 
@@ -175,7 +164,7 @@ def probe_entries(probe: Probe, entries: GateEntries, pack: MemoryPack) -> float
     count = min(probe.exact.nearest.shape[1], len(keys))
     exact = Exact.of(probe.exact.queries, keys, count, probe.similarity)
     other = Probe(
-        exact, probe.rows, values_of(entries, pack), probe.entries, probe.directions,
+        exact, probe.router_logits, values_of(entries, pack), probe.entries, probe.directions,
         probe.numbers, probe.similarity,
     )  # fmt: skip
     return _error(other.right(), probe.right())

@@ -76,6 +76,11 @@ class Exact:
             return products
         return products / np.where(self.lengths > 0, self.lengths, np.float32(1))
 
+    def nearest_products(self) -> Floats:
+        """Inner products [T, K] with the nearest keys as they are compared."""
+        products = np.einsum("td,tkd->tk", self.queries, self.among[self.nearest])
+        return self.of_some(products, self.nearest)[1]
+
 
 def measure_recall(exact: Exact, matrix: Floats, bits: int, candidates: int) -> float:
     """Share of the K nearest that are among R candidates found through a projection P [W, D]."""
@@ -112,14 +117,13 @@ def measure_search(
     """Search in both stages: R candidates by a projection P [W, D], scored by the keys kept."""
     returned, products = search_by(exact, project_keys(exact.among, matrix, bits), candidates, keys)
     kept = (exact.nearest[:, :, None] == returned[:, None, :]).any(axis=2).mean()
-    correction = 1.0
-    if keys == "projected" and (total := float(products.sum())) > 0:
-        nearest = exact.among[exact.nearest]
-        true = np.einsum("td,tkd->tk", exact.queries, nearest)
-        if exact.lengths is not None:
-            true /= np.maximum(exact.lengths[exact.nearest], np.finfo(np.float32).tiny)
-        correction = float(true.sum()) / total
-    return Searched(float(kept), correction)
+    return Searched(float(kept), correction(exact, products) if keys == "projected" else 1.0)
+
+
+def correction(exact: Exact, products: Floats) -> float:
+    """What products [T, K] with projected keys are too small by, as the true neighbours tell."""
+    total = float(products.sum())
+    return float(exact.nearest_products().sum()) / total if total > 0 else 1.0
 
 
 def search_by(

@@ -29,7 +29,7 @@ from .probes import (
     probe_values,
 )
 from .recall import Keys
-from .recorded import Asked
+from .recorded import GateInputs
 from .reduce import REDUCTIONS, Credit, Reduction, credit_of, keep, merge
 
 LEAST_ENTRIES = 64  # of a gate
@@ -149,7 +149,7 @@ class Reducer:
         self,
         pack: MemoryPack,
         rule: RoutingRule,
-        asked: Mapping[int, Asked],
+        asked: Mapping[int, GateInputs],
         gains: NDArray[np.float64] | None,
         background: Background,
     ) -> None:
@@ -216,7 +216,7 @@ class Prober:
         pack: MemoryPack,
         gates: Sequence[PackGate],
         reducer: Reducer,
-        asked: Mapping[int, Asked],
+        asked: Mapping[int, GateInputs],
         candidates: int,
     ) -> None:
         spread = np.unique(np.linspace(0, len(gates) - 1, PROBED_GATES).round().astype(int))

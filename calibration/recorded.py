@@ -16,16 +16,16 @@ from knnmoe.runtime.model import Model
 
 
 @dataclass(frozen=True)
-class Asked:
+class GateInputs:
     """One gate's inputs over some text.
 
     Attributes:
         x: Router inputs [T, D] fp32.
-        rows: Router logits [T, E] fp32.
+        router_logits: [T, E] fp32.
     """
 
     x: NDArray[np.float32]
-    rows: NDArray[np.float32]
+    router_logits: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RecordingGate:
     """A gate that keeps what it was asked; of one sequence a call."""
 
     gate: Gate
-    kept: list[Asked]
+    kept: list[GateInputs]
 
     @property
     def backend(self) -> str:
@@ -51,8 +51,8 @@ class RecordingGate:
 
         def run() -> None:
             real = int(buffers.lengths[0])
-            rows = (buffers.router_input[:real].copy(), buffers.router_logits[:real].copy())
-            self.kept.append(Asked(*rows))
+            x, router_logits = buffers.router_input[:real], buffers.router_logits[:real]
+            self.kept.append(GateInputs(x.copy(), router_logits.copy()))
             route()
 
         return run
@@ -60,7 +60,7 @@ class RecordingGate:
 
 def record_inputs(
     model: Model, sequences: Sequence[NDArray[np.int64]], advance: Callable[[int], None]
-) -> tuple[Asked, ...]:
+) -> tuple[GateInputs, ...]:
     """What every gate is asked over token sequences [n], the router frozen; the last tokens too.
 
     Args:
@@ -84,6 +84,9 @@ def record_inputs(
     finally:
         model.disable_memory()
     return tuple(
-        Asked(np.concatenate([a.x for a in g.kept]), np.concatenate([a.rows for a in g.kept]))
-        for g in gates
+        GateInputs(
+            np.concatenate([part.x for part in gate.kept]),
+            np.concatenate([part.router_logits for part in gate.kept]),
+        )
+        for gate in gates
     )

@@ -22,7 +22,7 @@ from knnmoe.runtime.blend import GateMemory, inner_products, neighbor_weights, p
 from knnmoe.runtime.pack_parts import GateEntries
 
 from .compress import Kept
-from .recorded import Asked
+from .recorded import GateInputs
 
 Reduction = Literal["credit", "merge"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
@@ -53,7 +53,7 @@ class Credit:
 
 
 def credit_of(
-    memory: GateMemory, asked: Asked | None, gains: Floats | None, seed: int = 0
+    memory: GateMemory, asked: GateInputs | None, gains: Floats | None, seed: int = 0
 ) -> Credit:
     """The credit of a gate's entries.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,12 +138,17 @@ def load_model(bundle: Path, **settings: Any) -> Model:
         KnnMoeError: As `Model.load` does.
         SettingError: For a setting of the memory where there is none.
     """
-    for name in ("variant", "neighbors", "scale"):
-        if settings["memory"] is None and settings[name] is not None:
-            raise SettingError(f"--{name}", "needs a memory", fix="Give one with --memory PACK.")
+    check_needs_memory(settings["memory"], settings)
     from ..model import Model
 
     return Model.load(bundle, **settings)
+
+
+def check_needs_memory(memory: Path | None, settings: Mapping[str, Any]) -> None:
+    """Raise `SettingError` for a setting of the memory where there is none."""
+    for name in ("variant", "neighbors", "scale"):
+        if memory is None and settings[name] is not None:
+            raise SettingError(f"--{name}", "needs a memory", fix="Give one with --memory PACK.")
 
 
 def sampling_options(command: Command) -> Command:

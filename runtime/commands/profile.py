@@ -12,7 +12,15 @@ import click
 
 from ..cli_support import INTERRUPTED, outcome
 from ..errors import SettingError
-from .common import LAYOUTS, PATH, json_option, model_options_but_layout, output, progress_bar
+from .common import (
+    LAYOUTS,
+    PATH,
+    check_needs_memory,
+    json_option,
+    model_options_but_layout,
+    output,
+    progress_bar,
+)
 from .profile_command import ProfileCommand
 from .profile_outputs import Outputs, output_options, print_answer
 
@@ -162,11 +170,7 @@ def profile(
         from ..profiling.report import print_record
         from ..profiling.run import ProfileOptions, run_profile
 
-        for name in ("variant", "neighbors", "scale"):
-            if memory is None and load[name] is not None:
-                raise SettingError(
-                    f"--{name}", "needs a memory", fix="Give one with --memory PACK."
-                )
+        check_needs_memory(memory, load)
         if file is not None and not file.parent.is_dir():
             raise SettingError("--output", "names a file in a directory that does not exist",
                                found=file.parent)  # fmt: skip

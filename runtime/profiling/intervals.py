@@ -1,4 +1,4 @@
-"""How sure a percentile of measured times is."""
+"""Median and tail of measured times, and how sure the median is."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ def interval(
     samples: Sequence[float],
     rounds: Sequence[int],
     *,
-    statistic: float = 50.0,
     draws: int = 500,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % interval of a percentile of samples, by drawing whole rounds (cluster bootstrap).
+    """95 % interval of the median of samples, by drawing whole rounds (cluster bootstrap).
 
     Steps of one round share what the machine did at that moment, so they are no independent
     samples; rounds are nearly so.
@@ -35,7 +34,6 @@ def interval(
     Args:
         samples: [n].
         rounds: [n], the round of each.
-        statistic: Which percentile; 50 is the median.
         draws: Bootstrap samples.
         seed: Of the draws.
 
@@ -50,10 +48,8 @@ def interval(
     drawn = rng.integers(len(members), size=(draws, len(members)))
     if all(len(part) == len(members[0]) for part in members):
         pool = np.stack(members)[drawn].reshape(draws, -1)
-        found = np.percentile(pool, statistic, axis=1)
+        found = np.median(pool, axis=1)
     else:
-        found = np.array(
-            [np.percentile(np.concatenate([members[i] for i in row]), statistic) for row in drawn]
-        )
+        found = np.array([np.median(np.concatenate([members[i] for i in row])) for row in drawn])
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)

@@ -363,7 +363,9 @@ def test_recorded_inputs_are_what_building_stores_as_keys(
     for gate in opened.gates:
         entries = opened.read(gate)
         np.testing.assert_allclose(asked[gate.gate].x[inner], entries.keys, atol=5e-3)
-        np.testing.assert_allclose(asked[gate.gate].rows[inner], entries.router_logits, atol=5e-3)
+        np.testing.assert_allclose(
+            asked[gate.gate].router_logits[inner], entries.router_logits, atol=5e-3
+        )
 
 
 def test_halves_share_no_document_and_token_nll_adds_up(tiny_bundle: Path, texts: Texts) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knnmoe.calibration.recorded import Asked
+from knnmoe.calibration.recorded import GateInputs
 from knnmoe.calibration.reduce import Credit, credit_of, keep, merge
 from knnmoe.runtime.blend import search
 from knnmoe.runtime.pack_parts import GateEntries
@@ -33,13 +33,13 @@ def test_credit_is_where_text_retrieves_and_more_where_the_memory_gains() -> Non
     rng = np.random.default_rng(1)
     x = (memory.keys[:20] + memory.center + 0.01 * rng.normal(size=(20, 16))).astype(np.float32)
     rows = np.zeros((20, 6), np.float32)
-    even = credit_of(memory, Asked(x, rows), np.zeros(20)).text
+    even = credit_of(memory, GateInputs(x, rows), np.zeros(20)).text
     found = search(x, memory, np.float64)[0]
     assert even.sum() == pytest.approx(1)
     assert set(np.flatnonzero(even)) <= set(found.ravel())
     gains = np.zeros(20)
     gains[7] = 3.0
-    skewed = credit_of(memory, Asked(x, rows), gains).text
+    skewed = credit_of(memory, GateInputs(x, rows), gains).text
     assert skewed[7] > 3 * even[7]
 
 
