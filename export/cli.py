@@ -16,7 +16,7 @@ from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
 from knnmoe.runtime.jobs import work_directory
 
-from .frontends import DESCRIPTION, FRONTENDS
+from .frontends import DESCRIPTION, FRONTENDS, TRACED_FAMILIES
 
 if TYPE_CHECKING:
     from knnmoe.runtime.bundle import Bundle
@@ -34,9 +34,12 @@ def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> 
         return
     from .families import FAMILIES
 
-    for model_type, family in sorted(FAMILIES.items()):
-        click.echo(f"{family.name} (model_type {model_type})")
-    click.echo("Others: --frontend torch traces the model that transformers has.")
+    click.echo("By the description of their family (model_type in config.json):")
+    for model_type in sorted(FAMILIES):
+        click.echo(f"  {model_type}")
+    click.echo("By tracing the model that transformers has (--frontend torch), among others:")
+    for model_type in TRACED_FAMILIES:
+        click.echo(f"  {model_type}")
     ctx.exit()
 
 
@@ -87,15 +90,17 @@ Examples:
                    "fp32 checkpoints, or fp16 ones with a --precision other than fp32; on one "
                    "file system. --dry-run --link says what it saves.")  # fmt: skip
 @click.option("--frontend", type=click.Choice(FRONTENDS), default=DESCRIPTION, show_default=True,
-              help="torch: trace the model with torch and transformers, for families that are not "
-                   "listed by --list-families; fp32 or fp16, for the CPU. Takes the model's size "
-                   "in memory, in fp32.")  # fmt: skip
+              help="How the model is read. description: by that of its family. torch: by tracing "
+                   "the model that transformers has, for families without a description; what "
+                   "cannot be expressed is refused. Needs knnmoe[train] and all of the model in "
+                   "memory in fp32, for --dry-run too (twice for --verify), and gives fp32 or fp16 "
+                   "for the CPU: no int8 or int4, no engines for GPUs.")  # fmt: skip
 @click.option("--no-fused", is_flag=True, help="Leave the fused layout out.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted export of this bundle.")
 @json_option
 @click.option("--list-families", is_flag=True, is_eager=True, expose_value=False,
-              callback=_list_families, help="List what can be exported, and exit.")  # fmt: skip
+              callback=_list_families, help="List the families that can be exported.")  # fmt: skip
 @click.version_option(__version__, prog_name="knnmoe-export")
 def main(
     checkpoint: Path,

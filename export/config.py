@@ -9,8 +9,8 @@ from typing import Any
 from knnmoe.runtime.errors import CheckpointError
 
 NOT_DESCRIBED = (
-    "knnmoe has no description for this kind of checkpoint yet; --frontend torch exports what "
-    "transformers can load by tracing it, where that can be expressed."
+    "knnmoe has no description of such checkpoints. Try --frontend torch, which traces the model "
+    "that transformers has: into fp32 or fp16, for the CPU, with all of it in memory in fp32."
 )
 
 

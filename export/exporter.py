@@ -96,7 +96,7 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export would write; nothing but headers has been read.
+    """What an export would write; nothing but headers has been read, if it was not traced.
 
     Attributes:
         source: The checkpoint.
@@ -399,9 +399,10 @@ def _check_traceable(precision: str, link: bool) -> None:
     if precision not in TRACED_PRECISIONS:
         raise SettingError(
             "precision",
-            "is not to be had for a traced bundle, whose projections are not told apart",
+            "is not to be had for a traced bundle: which weights are projections, no trace says",
             expected=" or ".join(TRACED_PRECISIONS),
             found=precision,
+            fix="Take --precision fp16, or leave it out.",
         )
     if link:
         raise SettingError(

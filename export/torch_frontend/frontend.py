@@ -26,7 +26,7 @@ from knnmoe.runtime.selection_bias import TENSOR
 from .experts import describe_experts
 from .gates import Site, find_sites
 from .graphs import Pieces, fused_graph, is_inline, segment_graph
-from .loading import OTHER_FAMILY, load_model
+from .loading import OTHER_FAMILY, load_model, quiet_transformers
 from .names import CONSTANT, PREFIX, ROUTER
 from .placeholders import ATTENTION, EXPERTS, forget
 from .probing import attention_windows
@@ -55,8 +55,9 @@ class Traced:
         """
         model = load_model(source)
         try:
-            windows = attention_windows(model)
-            traced = trace(model)
+            with quiet_transformers():
+                windows = attention_windows(model)
+                traced = trace(model)
         finally:
             forget()
         sites = find_sites(traced)

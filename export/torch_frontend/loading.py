@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +12,9 @@ import torch
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
 
-OTHER_FAMILY = "A model that cannot be traced needs a description in knnmoe's export/families."
+OTHER_FAMILY = (
+    "Tracing cannot express this; a description of the family, in knnmoe's export/families, might."
+)
 
 
 def load_model(source: Checkpoint) -> Any:
@@ -20,16 +25,14 @@ def load_model(source: Checkpoint) -> Any:
             are missing, or the checkpoint is quantised.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if source.model_type not in known:
+    if causal_class(source.model_type) is None:
         raise CheckpointError(
             f"{source.path / CONFIG}: model_type",
             "is no causal language model of the transformers that is installed",
             expected=f"a model that transformers {transformers.__version__} has",
             found=source.model_type[:100],
-            fix="Install a version of transformers that has it. " + OTHER_FAMILY,
+            fix="Install a version of transformers that has it.",
         )
     if source.config.get("quantization_config") is not None:
         raise CheckpointError(
@@ -38,40 +41,66 @@ def load_model(source: Checkpoint) -> Any:
             expected="weights in float32, float16 or bfloat16",
             fix="Export the checkpoint it was made from.",
         )
+    return load_fp32(source.path)
+
+
+def load_fp32(path: Path, quantization: Any = None) -> Any:
+    """The model in a directory, in fp32 and for inference.
+
+    Args:
+        path: Of the checkpoint.
+        quantization: What transformers is to do with quantised weights, if there are any.
+
+    Raises:
+        CheckpointError: If transformers cannot load it, or weights are missing.
+    """
+    import transformers
+
     loader: Any = transformers.AutoModelForCausalLM
-    logging: Any = transformers.utils.logging
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
-        model, report = loader.from_pretrained(
-            source.path,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, report = loader.from_pretrained(
+                path,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                quantization_config=quantization,
+            )
     except Exception as error:  # many kinds are raised for a broken directory
         raise CheckpointError(
-            source.path,
+            path,
             f"transformers cannot load it ({first_line(error)})",
             fix="Download the checkpoint again, or use a version of transformers that knows it.",
         ) from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise CheckpointError(
-            source.path,
+            path,
             "weights are missing or of another shape",
             expected="all weights of the architecture in config.json",
             found=", ".join(absent[:5]),
             fix="Download the checkpoint again.",
         )
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep the bars and the advice of transformers out of what a command says."""
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def causal_class(model_type: str) -> str | None:

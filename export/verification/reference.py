@@ -52,23 +52,14 @@ def reference(
     Raises:
         BackendError: If torch or transformers is not installed, or this version of transformers
             keeps weights under other names.
+        CheckpointError: If transformers cannot load the checkpoint.
     """
     require_reference()
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    silence: Callable[[], None] = logging.disable_progress_bar
-    silence()
-    loader: Any = AutoModelForCausalLM
-    model: Any = loader.from_pretrained(
-        Path(checkpoint),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        quantization_config=_quantization(bundle),
-    )
-    model.eval()
+    from knnmoe.export.torch_frontend.loading import load_fp32
+
+    model = load_fp32(Path(checkpoint), _quantization(bundle))
     _restore(model, bundle)
     run = _recording(model, bundle)
     rule, biases = bundle.manifest.routing, read_selection_biases(bundle)

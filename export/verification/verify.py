@@ -57,6 +57,7 @@ def verify(
             rounding activations makes more of a difference than `ACTIVATION_BOUND`.
         BackendError: If torch or transformers is not installed, or ONNX Runtime is too old for the
             bundle.
+        CheckpointError: If transformers cannot load the checkpoint.
     """
     check_onnxruntime(bundle)
     shape = bundle.manifest.architecture

@@ -94,7 +94,9 @@ def test_wrong_usage_is_exit_code_2(arguments):
 def test_families_are_listed_without_a_checkpoint():
     result = call("--list-families")
     assert result.exit_code == 0
-    assert "olmoe" in result.stdout
+    described, traced = result.stdout.split("By tracing")
+    assert "\n  olmoe\n" in described
+    assert "\n  granitemoe\n" in traced
 
 
 def test_help_needs_nothing_heavy():

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from conftest import write_tiny_pack  # noqa: E402
 from knnmoe.export.cli import main  # noqa: E402
 from knnmoe.export.exporter import export, plan_export  # noqa: E402
+from knnmoe.export.frontends import TRACED_FAMILIES  # noqa: E402
 from knnmoe.export.std import StdModel, StdOptions  # noqa: E402
 from knnmoe.export.verification.cases import CASES  # noqa: E402
 from knnmoe.export.verification.verify import verify  # noqa: E402
@@ -192,7 +193,7 @@ def test_checkpoints_that_cannot_be_loaded_are_refused(
 
 def test_a_family_that_is_not_described_is_told_of_the_trace(tmp_path: Path) -> None:
     checkpoint = make_tiny(tmp_path / "c", "mixtral", model_type="granitemoe")
-    with pytest.raises(CheckpointError, match="--frontend torch exports what transformers"):
+    with pytest.raises(CheckpointError, match="Try --frontend torch, which traces the model"):
         plan_export(checkpoint)
 
 
@@ -247,13 +248,12 @@ def test_windows_are_read_off_the_masks_of_transformers() -> None:
             visible_window(other)
 
 
-OTHERS = ["granitemoe", "flex_olmo", "hunyuan_v1_moe", "minimax_m2", "ernie4_5_moe"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "mixtral", "deepseek_v3", *OTHERS])
+@pytest.mark.parametrize(
+    "family", ["olmoe", "qwen3_moe", "mixtral", "deepseek_v3", *TRACED_FAMILIES]
+)
 def test_every_family_agrees_with_transformers(tmp_path: Path, family: str) -> None:
-    make = make_other if family in OTHERS else make_tiny
+    make = make_other if family in TRACED_FAMILIES else make_tiny
     checkpoint = make(tmp_path / "c", family)
     bundle = traced(checkpoint, tmp_path / "b")
     report = verify(checkpoint, bundle)
