@@ -79,7 +79,8 @@ def read_object(
                 path, "is too large", expected=f"at most {most_bytes} bytes", found=size, fix=fix
             )
         with path.open("rb") as stream:
-            return parse_object(stream.read(most_bytes))
+            # Not `most_bytes`: as many are set aside as are asked for.
+            return parse_object(stream.read(size))
     except OSError as refused:
         raise error(path, f"cannot be read ({refused.strerror})", fix=fix) from refused
     except ValueError as malformed:
