@@ -14,7 +14,7 @@ import pytest
 from emulated import blend, store
 
 from knnmoe.calibration.compress import CompressSettings, compress_pack
-from knnmoe.calibration.recorded import Asked, record_inputs
+from knnmoe.calibration.recorded import GateInputs, record_inputs
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.numpy import NumpyGate
@@ -48,11 +48,11 @@ def pack(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> MemoryPack:
     return compress_pack(DEMO / "memory-scripture", target, settings).pack
 
 
-def route(gate: Any, asked: Asked, state: Any) -> tuple[GateBuffers, GateTrace]:
+def route(gate: Any, asked: GateInputs, state: Any) -> tuple[GateBuffers, GateTrace]:
     """One call over all tokens of one sequence."""
     tokens = len(asked.x)
     buffers = GateBuffers(
-        asked.x, asked.rows, state, np.array([tokens]), np.zeros((tokens, 4), np.int32),
+        asked.x, asked.router_logits, state, np.array([tokens]), np.zeros((tokens, 4), np.int32),
         np.zeros((tokens, 4), np.float32), np.zeros((1, 2), np.float32),
     )  # fmt: skip
     trace = GateTrace.empty(tokens, gate.neighbors)
@@ -90,16 +90,16 @@ def test_every_route_chooses_the_same_experts(bundle: Path, pack: MemoryPack, te
         state = start
         for token in range(TOKENS):  # as a decode does
             piece = slice(token, token + 1)
-            found, _ = route(two_stage, Asked(one.x[piece], one.rows[piece]), state)
+            found, _ = route(two_stage, GateInputs(one.x[piece], one.router_logits[piece]), state)
             state = found.state_out
             np.testing.assert_array_equal(found.expert_ids, reference.expert_ids[piece])
         few = replace(
             widened, keys=widened.keys[:ENTRIES], key_scales=widened.key_scales[:ENTRIES],
             values=widened.values[:ENTRIES], n_valid=ENTRIES,
         )  # fmt: skip
-        first = Asked(one.x[:EMULATED], one.rows[:EMULATED])
+        first = GateInputs(one.x[:EMULATED], one.router_logits[:EMULATED])
         kernel = blend(
-            store(few, "f32", half_values=False), first.x, first.rows, start.copy(),
+            store(few, "f32", half_values=False), first.x, first.router_logits, start.copy(),
             np.array([EMULATED]),
         )  # fmt: skip
         expected, near = route(NumpyGate(rule, seam, few), first, start)
