@@ -282,7 +282,12 @@ class MemoryPack:
         rule: RoutingRule,
         selection_bias: NDArray[np.float32] | None = None,
     ) -> Memory:
-        """One gate's memory: compressed where a projection serves this use, else `gate_memory`."""
+        """One gate's memory: compressed where a projection serves this use, else `gate_memory`.
+
+        Raises:
+            MemoryPackError: If the file was changed since the pack was opened, is damaged, or its
+                numbers leave some that are not finite.
+        """
         path = self.path / gate.stored.file
         # The pack was hashed when it was opened; what was put in its place since is hashed again.
         before = seen_as(path)
