@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from knnmoe.runtime.bundle import TensorSpec
-
 from .architecture import Architecture
-from .blend_function import LENGTHS, RESULTS, memory_specs
-from .gate_graphs import GateShape, declare_bias, gate_nodes, routed_specs
+from .blend_function import LENGTHS
+from .gate_graphs import GateShape, routed_specs
 from .graph import OPSET, GraphBuilder, StoredTensor
 from .lowering.base import Lowering, Stream
 from .lowering.ort import OrtLowering
-
-INPUT_IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
-LOGIT_ROWS = TensorSpec("logit_rows", "int64", ("rows",))
+from .seam import (
+    INPUT_IDS,
+    LOGIT_ROWS,
+    Outputs,
+    inner_gate,
+    logits_spec,
+    stream_outputs,
+    stream_specs,
+)
 
 
 def _lower_for_ort(plan: ModelPlan, g: GraphBuilder) -> Lowering:
@@ -51,30 +55,22 @@ class ModelPlan:
         )
 
 
-def segment_layers(architecture: Architecture, segment: int) -> tuple[int, ...]:
-    """The layers whose key-value cache a segment holds."""
-    return tuple(architecture.segment_layers(segment))
-
-
 def segment_graph(plan: ModelPlan, segment: int) -> GraphBuilder:
     """The graph of one segment: the experts of the gate before it, up to the gate after it."""
     a = plan.architecture
     g = GraphBuilder(f"segment-{segment:02d}", plan.opset)
     parts = plan.lower(plan, g)
-    hidden_spec = TensorSpec("hidden", "float32", ("batch", "sequence", a.shape.hidden_size))
-    input_spec = TensorSpec("router_input", "float32", ("tokens", a.shape.hidden_size))
-    logits_spec = TensorSpec("router_logits", "float32", ("tokens", a.shape.num_experts))
     mixed: ir.Value | None = None  # what a layer adds to `hidden` behind its attention
     if segment == 0:
         hidden = parts.embed(g.declare(INPUT_IDS))
     else:
-        stream = Stream(g.declare(hidden_spec), g.declare(input_spec))
+        stream = Stream(*(g.declare(spec) for spec in stream_specs(plan.gate_shape)))
         ids, weights = (g.declare(spec) for spec in routed_specs(plan.gate_shape))
         mixed = parts.experts(stream, ids, weights, a.gate_layers[segment - 1])
         hidden = stream.hidden
     layers = a.segment_layers(segment)
     step = [g.declare(spec) for spec in parts.step_inputs] if layers else []
-    cache_outputs: list[tuple[ir.Value, TensorSpec]] = []
+    cache_outputs: Outputs = []
     for layer in layers:
         stream, cached = _attention(g, parts, hidden, mixed, layer, step)
         cache_outputs += cached
@@ -84,13 +80,11 @@ def segment_graph(plan: ModelPlan, segment: int) -> GraphBuilder:
     if segment == a.shape.num_gates:
         assert mixed is not None
         logits = parts.logits(hidden, mixed, g.declare(LOGIT_ROWS))
-        g.output(logits, _logits_spec(a))
+        outputs = [(logits, logits_spec(a.shape.vocab_size))]
     else:
-        g.output(stream.hidden, _renamed(hidden_spec, "hidden_out"))
-        g.output(stream.router_input, _renamed(input_spec, "router_input_out"))
         logits = parts.router(stream.router_input, layers[-1])
-        g.output(logits, _renamed(logits_spec, "router_logits_out"))
-    for value, spec in cache_outputs:
+        outputs = stream_outputs(plan.gate_shape, stream.hidden, stream.router_input, logits)
+    for value, spec in (*outputs, *cache_outputs):
         g.output(value, spec)
     return g
 
@@ -108,8 +102,8 @@ def fused_graph(plan: ModelPlan, gate: str) -> GraphBuilder:
     logit_rows = g.declare(LOGIT_ROWS)
     lengths = g.declare(LENGTHS)
     hidden, mixed = parts.embed(input_ids), None
-    gate_outputs: list[tuple[ir.Value, TensorSpec]] = []
-    cache_outputs: list[tuple[ir.Value, TensorSpec]] = []
+    gate_outputs: Outputs = []
+    cache_outputs: Outputs = []
     for layer, kind in enumerate(a.layers):
         stream, cached = _attention(g, parts, hidden, mixed, layer, step)
         cache_outputs += cached
@@ -117,21 +111,14 @@ def fused_graph(plan: ModelPlan, gate: str) -> GraphBuilder:
         if kind.gate is None:
             mixed = parts.dense(stream, layer)
             continue
-        memory = [
-            g.declare(_of_gate(spec, kind.gate))
-            for spec in memory_specs(a.shape.hidden_size, a.shape.num_experts)
-        ]
-        bias = declare_bias(g, plan.gate_shape, f"_{kind.gate}")
         logits = parts.router(stream.router_input, layer)
-        ids, weights, results = gate_nodes(
-            g, stream.router_input, logits, [*memory, lengths], plan.gate_shape, gate, bias
+        ids, weights, outputs = inner_gate(
+            g, gate, kind.gate, plan.gate_shape, stream.router_input, logits, lengths
         )
-        specs = (*routed_specs(plan.gate_shape), *RESULTS)
-        for value, spec in zip((ids, weights, *results), specs, strict=True):
-            gate_outputs.append((value, _of_gate(spec, kind.gate)))
+        gate_outputs += outputs
         mixed = parts.experts(stream, ids, weights, layer)
     assert mixed is not None
-    g.output(parts.logits(hidden, mixed, logit_rows), _logits_spec(a))
+    g.output(parts.logits(hidden, mixed, logit_rows), logits_spec(a.shape.vocab_size))
     for value, spec in (*cache_outputs, *gate_outputs):
         g.output(value, spec)
     return g
@@ -144,7 +131,7 @@ def _attention(
     mixed: ir.Value | None,
     layer: int,
     step: Sequence[ir.Value],
-) -> tuple[Stream, list[tuple[ir.Value, TensorSpec]]]:
+) -> tuple[Stream, Outputs]:
     """One layer up to its experts: (stream, the outputs of its cache).
 
     Args:
@@ -158,17 +145,3 @@ def _attention(
     past = tuple(g.declare(spec) for spec in cache.inputs)
     stream, cached = parts.attention(hidden, normed, layer, past, step)
     return stream, list(zip(cached, cache.outputs, strict=True))
-
-
-def _logits_spec(a: Architecture) -> TensorSpec:
-    return TensorSpec("logits", "float32", ("rows", a.shape.vocab_size))
-
-
-def _renamed(spec: TensorSpec, name: str) -> TensorSpec:
-    return TensorSpec(name, spec.dtype, spec.shape)
-
-
-def _of_gate(spec: TensorSpec, gate: int) -> TensorSpec:
-    """A tensor of one gate; memories differ in size, so their dimensions get names of their own."""
-    shape = tuple(f"{d}_{gate}" if d in ("entries", "neighbors") else d for d in spec.shape)
-    return TensorSpec(f"{spec.name}_{gate}", spec.dtype, shape)

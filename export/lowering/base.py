@@ -8,6 +8,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from knnmoe.export.graph import GraphBuilder
 from knnmoe.runtime.bundle import TensorSpec
 
 Pair = tuple[ir.Value, ir.Value]
@@ -41,6 +42,12 @@ def cache_pair(
     """The specs of `{prefix}_key_{layer}` and `{prefix}_value_{layer}`."""
     key, value = (f"{prefix}_{part}_{layer}" for part in ("key", "value"))
     return TensorSpec(key, dtype, shape), TensorSpec(value, dtype, shape)
+
+
+def silu_gated(g: GraphBuilder, packed: ir.Value, width: int) -> ir.Value:
+    """gate and up side by side, [T, 2 · width] → silu(gate) · up, [T, width]."""
+    gate, up = g.ops("Split", packed, g.ints(width, width), count=2, axis=1)
+    return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
 
 
 class Lowering(Protocol):

@@ -18,7 +18,7 @@ from knnmoe.export.architecture import Architecture
 from knnmoe.export.graph import CONTRIB, GraphBuilder, StoredTensor
 from knnmoe.runtime.bundle import TensorSpec
 
-from .base import Cached, CacheSpecs, Pair, Stream, cache_pair
+from .base import Cached, CacheSpecs, Pair, Stream, cache_pair, silu_gated
 from .latent import LatentParts
 from .ort_experts import activation, dense_weights, forced_experts
 from .ort_weights import EMBEDDING, FINAL_NORM, HEAD, ROPE_COS, ROPE_SIN, layer_name
@@ -274,11 +274,8 @@ class OrtLowering:
 
     def _gated(self, rows: ir.Value, layer: int, part: str, width: int) -> ir.Value:
         """down(silu(gate) · up) of a part that every token goes through: rows [T, D] → [T, D]."""
-        g = self._g
         packed = self._linear(rows, layer_name(layer, f"{part}_gate_up"))
-        gate, up = g.ops("Split", packed, g.ints(width, width), count=2, axis=1)
-        active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-        return self._linear(active, layer_name(layer, f"{part}_down"))
+        return self._linear(silu_gated(self._g, packed, width), layer_name(layer, f"{part}_down"))
 
     def _clip(self, value: ir.Value, bound: float) -> ir.Value:
         low, high = (self._g.constant(b, np.float32) for b in (-bound, bound))

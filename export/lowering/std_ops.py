@@ -12,6 +12,7 @@ import onnx_ir as ir
 from knnmoe.export.architecture import Architecture
 from knnmoe.export.graph import GraphBuilder, StoredTensor
 
+from .base import silu_gated
 from .ort_weights import layer_name
 
 Operators = Literal["primitive", "modern"]
@@ -154,11 +155,8 @@ class StdOps:
 
     def gated(self, rows: ir.Value, layer: int, part: str, width: int) -> ir.Value:
         """down(silu(gate) · up) of a part that every token goes through: rows [T, D] → [T, D]."""
-        g = self.g
         packed = self.linear(rows, layer_name(layer, f"{part}_gate_up"))
-        gate, up = g.ops("Split", packed, g.ints(width, width), count=2, axis=1)
-        active = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-        return self.linear(active, layer_name(layer, f"{part}_down"))
+        return self.linear(silu_gated(self.g, packed, width), layer_name(layer, f"{part}_down"))
 
     def by_head(self, rows: ir.Value, name: str) -> ir.Value:
         """rows [heads, T, in] by a weight [heads, in, out] → [heads, T, out]."""

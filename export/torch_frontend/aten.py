@@ -453,7 +453,7 @@ TABLE: dict[Any, Entry] = {
     aten.rms_norm.default: rms_norm,
 }  # fmt: skip
 
-# Operators with several results, of which `getitem` takes one → (sizes, axis).
+# Operators with several results, of which `getitem` takes one; see `split`.
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 
 

@@ -36,13 +36,20 @@ from .tracing import Trace, origin, trace
 
 @dataclass(frozen=True)
 class Traced:
-    """See `Exportable`."""
+    """See `Exportable`.
+
+    Attributes:
+        model_type: Of the checkpoint.
+        pieces: What the graphs are made of.
+        gates: The routing of each gate.
+        names: Of the weights in the bundle.
+        left_out: See `Exportable.left_out`; a trace has all that the model uses.
+    """
 
     model_type: str
     pieces: Pieces
     gates: tuple[Routing, ...]
     names: Mapping[Node, str]
-
     left_out: tuple[str, ...] = ()
 
     @staticmethod
@@ -191,7 +198,15 @@ def _layers(traced: Trace, windows: tuple[int | None, ...]) -> tuple[Node, ...]:
     sizes = {
         tuple(int(n) for part in node.args[:3] for n in _sizes(part)) for node in layers
     }  # fmt: skip
-    if len(sizes) != 1 or len(layers) != len(windows):
+    if len(layers) != len(windows):
+        raise CheckpointError(
+            "attention",
+            "is not there as often in the trace as in a run of the model",
+            expected=len(windows),
+            found=len(layers),
+            fix=OTHER_FAMILY,
+        )
+    if len(sizes) != 1:
         raise CheckpointError(
             "attention",
             "differs from layer to layer in the number or size of its heads",

@@ -1,7 +1,7 @@
 """A trace as graphs: one a segment, cut at every gate, or one in all with the gates inside.
 
-The seam is that of the described families (`export/split.py`), tensor by tensor, so the runtime
-cannot tell the bundles apart.
+The seam is that of the described families (`export/seam.py`), so the runtime cannot tell the
+bundles apart.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from knnmoe.export.blend_function import LENGTHS, RESULTS, memory_specs
-from knnmoe.export.gate_graphs import GateShape, declare_bias, gate_nodes, routed_specs
+from knnmoe.export.blend_function import LENGTHS
+from knnmoe.export.gate_graphs import GateShape, routed_specs
 from knnmoe.export.graph import CONTRIB, GraphBuilder, StoredTensor
 from knnmoe.export.lowering.base import cache_pair
 from knnmoe.export.lowering.ort import SEQLENS_K, TOTAL_LENGTH
 from knnmoe.export.lowering.ort_experts import forced_experts
-from knnmoe.export.split import INPUT_IDS, LOGIT_ROWS
-from knnmoe.runtime.bundle import ModelShape, TensorSpec
+from knnmoe.export.seam import (
+    INPUT_IDS,
+    LOGIT_ROWS,
+    Outputs,
+    inner_gate,
+    logits_spec,
+    stream_outputs,
+    stream_specs,
+)
+from knnmoe.runtime.bundle import ModelShape
 from knnmoe.runtime.errors import CheckpointError
 
 from .aten import DTYPES, SPLITS, TABLE, split
@@ -33,7 +41,7 @@ from .loading import OTHER_FAMILY
 from .placeholders import ATTENTION, EXPERTS
 from .tracing import Trace, origin
 
-_SUMS = {"Mul": "Mul", "Add": "Add"}  # of sympy, in which torch writes sizes → of ONNX
+_SIZES = {"Mul": "Mul", "Add": "Add"}  # of sympy, in which torch writes sizes → of ONNX
 _INLINE_BYTES = 1 << 12  # constants up to this size lie in the graph, not beside it
 
 
@@ -96,17 +104,13 @@ def segment_graph(
     """The graph of one segment: the experts of the gate before it, up to the gate after it."""
     g = GraphBuilder(f"segment-{segment:02d}")
     writer = _Writer(g, pieces, names, stored, gate)
-    d, e = gate.hidden_size, gate.num_experts
-    hidden = TensorSpec("hidden", "float32", ("batch", "sequence", d))
-    router_input = TensorSpec("router_input", "float32", ("tokens", d))
-    logits = TensorSpec("router_logits", "float32", ("tokens", e))
     if segment == 0:
         writer.embed(g.declare(INPUT_IDS))
     else:
         site = pieces.sites[segment - 1]
-        stream = g.declare(hidden)
+        stream, rows = (g.declare(spec) for spec in stream_specs(gate))
         writer.measure(stream)
-        writer.give(site.router_input, g.declare(router_input))
+        writer.give(site.router_input, rows)
         if site.hidden is not site.router_input:
             writer.give(site.hidden, stream)
         ids, weights = (g.declare(spec) for spec in routed_specs(gate))
@@ -119,10 +123,8 @@ def segment_graph(
         site = pieces.sites[segment]
         writer.write([site.hidden, site.router_input, site.logits])
         rows, stream = writer.rows(site.router_input), writer.stream(site.hidden)
-        g.output(stream, TensorSpec("hidden_out", "float32", hidden.shape))
-        g.output(rows, TensorSpec("router_input_out", "float32", router_input.shape))
-        found = writer.rows(site.logits)
-        g.output(found, TensorSpec("router_logits_out", "float32", logits.shape))
+        for value, spec in stream_outputs(gate, stream, rows, writer.rows(site.logits)):
+            g.output(value, spec)
     writer.close()
     return g
 
@@ -140,28 +142,18 @@ def fused_graph(
     writer.embed(g.declare(INPUT_IDS))
     writer.step(*(g.declare(spec) for spec in (SEQLENS_K, TOTAL_LENGTH)))
     logit_rows, lengths = g.declare(LOGIT_ROWS), g.declare(LENGTHS)
-    outputs: list[tuple[ir.Value, TensorSpec]] = []
+    gate_outputs: Outputs = []
     for site in pieces.sites:
         writer.write([site.hidden, site.router_input, site.logits])
-        specs = memory_specs(gate.hidden_size, gate.num_experts)
-        memory = [g.declare(_of_gate(spec, site.number)) for spec in specs]
-        bias = declare_bias(g, gate, f"_{site.number}")
         rows, logits = writer.rows(site.router_input), writer.rows(site.logits)
-        ids, weights, results = gate_nodes(g, rows, logits, [*memory, lengths], gate, name, bias)
+        ids, weights, outputs = inner_gate(g, name, site.number, gate, rows, logits, lengths)
         writer.route(site.number, ids, weights)
-        found = zip((ids, weights, *results), (*routed_specs(gate), *RESULTS), strict=True)
-        outputs += [(value, _of_gate(spec, site.number)) for value, spec in found]
+        gate_outputs += outputs
     writer.head(logit_rows)
     writer.close()
-    for value, spec in outputs:
+    for value, spec in gate_outputs:
         g.output(value, spec)
     return g
-
-
-def _of_gate(spec: TensorSpec, gate: int) -> TensorSpec:
-    """A tensor of one gate; memories differ in size, so their dimensions get names of their own."""
-    shape = tuple(f"{d}_{gate}" if d in ("entries", "neighbors") else d for d in spec.shape)
-    return TensorSpec(f"{spec.name}_{gate}", spec.dtype, shape)
 
 
 class _Writer:
@@ -180,7 +172,7 @@ class _Writer:
         self._pieces, self._stored, self._gate = pieces, stored, gate
         self._values: dict[Node, Any] = {}
         self._routed: dict[Node, tuple[ir.Value, ir.Value]] = {}
-        self._cached: list[tuple[ir.Value, TensorSpec]] = []
+        self._cached: Outputs = []
         self._weights: dict[str, ir.Value] = {}
         self._lengths: dict[Any, ir.Value] = {}
         self._vectors: dict[tuple[Any, ...], ir.Value] = {}
@@ -223,10 +215,9 @@ class _Writer:
         positions = g.op("Add", g.op("Unsqueeze", start, g.ints(1)), offsets)
         self._values[self._pieces.trace.position_ids] = positions
 
-    def write(self, outputs: Iterable[Node], given: Iterable[Node] = ()) -> None:
+    def write(self, outputs: Iterable[Node]) -> None:
         """Append all that some nodes are computed of, and they themselves."""
-        known = [*self._values, *given]
-        for node in self._pieces.trace.needed(outputs, known):
+        for node in self._pieces.trace.needed(outputs, self._values):
             self._values[node] = self._written(node)
 
     def stream(self, node: Node) -> ir.Value:
@@ -261,9 +252,7 @@ class _Writer:
             self._values.pop(node, None)
         self._values[source] = g.op("Reshape", rows, self.sizes(source))
         self.write([trace.output])
-        logits = self.rows(trace.output)
-        vocabulary = self._pieces.shape.vocab_size
-        g.output(logits, TensorSpec("logits", "float32", ("rows", vocabulary)))
+        g.output(self.rows(trace.output), logits_spec(self._pieces.shape.vocab_size))
 
     def close(self) -> None:
         """Declare the caches outputs."""
@@ -333,7 +322,7 @@ class _Writer:
         if expression not in self._lengths:
             if expression.is_Integer:
                 return self.g.ints(int(expression))
-            combine = _SUMS.get(expression.func.__name__)
+            combine = _SIZES.get(expression.func.__name__)
             if combine is None:
                 raise NotImplementedError(f"a size of {expression}")
             first, *rest = (self._size(argument) for argument in expression.args)
@@ -432,12 +421,14 @@ class _Writer:
             e for e, s in zip(self._pieces.experts, self._pieces.sites, strict=True)
             if s.experts is node
         )  # fmt: skip
-        weights = [self.weight(experts.name(part)) for part in ("gate_up", "down")]
-        biases: tuple[ir.Value | None, ir.Value | None] = (None, None)
-        if experts.biases:
-            biases = tuple(self.weight(experts.name(f"{p}_bias")) for p in ("gate_up", "down"))  # type: ignore[assignment]
+        gate_up, down = (self.weight(experts.name(part)) for part in ("gate_up", "down"))
+        gate_up_bias, down_bias = (
+            self.weight(experts.name(f"{part}_bias")) if experts.biases else None
+            for part in ("gate_up", "down")
+        )
         return forced_experts(
-            self.g, self.value(source), *self._routed[node], weights[0], weights[1], biases,
+            self.g, self.value(source), *self._routed[node], gate_up, down,
+            (gate_up_bias, down_bias),
             num_experts=self._gate.num_experts,
             experts_per_token=self._gate.experts_per_token, swiglu=experts.swiglu,
         )  # fmt: skip

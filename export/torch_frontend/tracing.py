@@ -19,6 +19,8 @@ from .loading import OTHER_FAMILY, first_line
 from .norms import Norm, find_norms
 from .placeholders import ATTENTION, EXPERTS, NAME, register, register_experts, traced_attention
 
+_TYPE_AS = torch.ops.aten.type_as.default
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -82,9 +84,6 @@ class Trace:
 def is_size(node: Node) -> bool:
     """Whether a node is a number that shapes are made of, not a tensor or several."""
     return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat)
-
-
-_TYPE_AS = torch.ops.aten.type_as.default
 
 
 class _Whole(torch.nn.Module):
