@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -263,3 +265,25 @@ def blend(
         arrays["rows"], arrays["confidence"], arrays["neighbors"], arrays["similarities"],
         arrays["state_out"],
     )  # fmt: skip
+
+
+def check_sanitized(script: str, calls: int, **compiled: str) -> None:
+    """Run a script of this folder over a build with sanitizers; it must say that all was clean."""
+    found = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    runtime = Path(found.stdout.strip())
+    if not runtime.is_absolute():
+        pytest.skip("g++ comes without the address sanitizer")
+    compile_emulation(flags=SANITIZERS, **compiled)  # here, where no sanitizer slows it down
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / script, str(calls)],
+        capture_output=True, text=True, check=False, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.endswith("clean\n"), done.stderr[-6000:]

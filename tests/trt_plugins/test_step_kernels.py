@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import fake_cupy as fake
 import numpy as np
 import pytest
 import step_emulated
-from emulated import SANITIZERS, SCHEDULES, compile_emulation
+from emulated import SCHEDULES, check_sanitized
 from fake_cupy import fake_cupy
 from nvrtc import compiled
 
@@ -562,25 +558,7 @@ def test_nvrtc_compiles_the_kernels_as_cupy_asks_it_to(architecture: str) -> Non
 
 
 def test_random_calls_are_clean_under_the_sanitizers() -> None:
-    run = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
-    runtime = Path(run.stdout.strip())
-    if not runtime.is_absolute():
-        pytest.skip("g++ comes without the address sanitizer")
-    compile_emulation(flags=SANITIZERS, source="step.cpp")  # where no sanitizer slows it down
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-    }
-    script = Path(__file__).parent / "sanitized_step.py"
-    done = subprocess.run(
-        [sys.executable, script, "40"], capture_output=True, text=True, check=False,
-        env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.stdout.endswith("clean\n"), done.stderr[-6000:]
+    check_sanitized("sanitized_step.py", 40, source="step.cpp")
 
 
 def test_bound_calls_may_be_made_by_several_threads() -> None:
