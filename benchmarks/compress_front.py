@@ -31,7 +31,7 @@ from knnmoe.calibration.budget import Budget, compress_to_budget
 from knnmoe.calibration.budget_search import BudgetSettings
 from knnmoe.calibration.compress import compress_pack
 from knnmoe.calibration.confidence import interval_of
-from knnmoe.calibration.costs import clock_of, measure_costs, turn_by_turn
+from knnmoe.calibration.costs import clock_of, decode_step, measure_costs, turn_by_turn
 from knnmoe.calibration.recipes import Recipe
 from knnmoe.export.exporter import export
 from knnmoe.runtime.calibration import preset
@@ -111,6 +111,7 @@ def times(
     model.disable_memory()
     pipelines["frozen"] = Pipeline(model.pipeline.layout)
     measured = step_times(pipelines)
+    frozen = measured["frozen"]
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
         shapes = [recipe.shape(pack, gate, CANDIDATES) for gate in pack.gates]
@@ -121,35 +122,39 @@ def times(
             "predicted_ms": predicted,
             "measured_ms": measured[recipe],
             "off": predicted / measured[recipe] - 1,
+            "off_to_frozen": predicted / costs.frozen_ms * frozen / measured[recipe] - 1,
         })  # fmt: skip
     table = Table(
         title=f"{title}: {pack.entries:,} entries in each of {len(pack.gates)} gates, frozen step"
         f" {measured['frozen']:.3f} ms (predicted {costs.frozen_ms:.3f})"
     )
-    for name in ("memory", "MB", "predicted ms", "measured ms", "off"):
+    for name in ("memory", "MB", "predicted ms", "measured ms", "off", "off, × frozen"):
         table.add_column(name, justify="left" if name == "memory" else "right")
     for row in rows:
         table.add_row(
             row["recipe"], f"{row['bytes'] / 1e6:.2f}", f"{row['predicted_ms']:.3f}",
             f"{row['measured_ms']:.3f}", f"{row['off']:+.1%}",
+            f"{row['off_to_frozen']:+.1%}",
         )  # fmt: skip
     console.print(table)
     return {"costs": asdict(costs), "frozen_ms": measured["frozen"], "rows": rows}
 
 
 def step_times(pipelines: Mapping[Any, Pipeline]) -> dict[Any, float]:
-    """Median processor milliseconds of a decode step of each, one step of each in turn."""
-    runs = {}
-    for name, pipeline in pipelines.items():
-        cache = pipeline.new_cache(capacity=CONTEXT + 2)
-        pipeline.step(cache, np.arange(CONTEXT)[None, :])
+    """Median processor milliseconds of a decode step of each, in turn with the frozen step.
 
-        def run(pipeline: Pipeline = pipeline, cache: Any = cache) -> None:
-            cache.lengths[:] = CONTEXT
-            pipeline.step(cache, np.array([[1]]))
-
-        runs[name] = run
-    return turn_by_turn(runs, clock_of(1), SECONDS)
+    More at once would have each find the caches as the memories of all others left them.
+    """
+    runs = {name: decode_step(pipeline, CONTEXT) for name, pipeline in pipelines.items()}
+    found, frozen = {}, []
+    for name in pipelines:
+        if name == "frozen":
+            continue
+        pair = {"frozen": runs["frozen"], name: runs[name]}
+        samples = turn_by_turn(pair, clock_of(1), SECONDS)
+        found[name] = float(np.median(samples[name]))
+        frozen += samples["frozen"]
+    return {**found, "frozen": float(np.median(frozen))}
 
 
 def wide(folder: Path, entries: int) -> tuple[Model, MemoryPack]:

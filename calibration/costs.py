@@ -1,8 +1,9 @@
 """What a compressed memory costs: bytes that the runtime holds, and milliseconds a token.
 
-The time of a gate is a sum of parts, each proportional to something that is known without running
-it; how much a unit of each takes is fitted to some gates of made-up entries that are timed here,
-turn by turn, so that each finds the caches as the gates of a model leave them to each other:
+What a gate adds to a step is a sum of parts, each proportional to something that is known without
+running it; how much a unit of each takes is fitted to steps of the model with made-up memories,
+each in turn with the frozen step. Gates by themselves take half as long as between the segments of
+a step, which leave them cold caches.
 
     ms = constant + scanned codes (of 4 and of 8 bits) + entries + projection W·D + gathered R·D
          + restored R·W·D (where no full keys are kept) + widening values (where they are stored)
@@ -27,32 +28,28 @@ from knnmoe.runtime.atomic import write_file
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.base import Run
-from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.errors import SettingError
-from knnmoe.runtime.gates.base import Gate, GateBuffers
 from knnmoe.runtime.gates.one_token import BLOCKED_ENTRIES
-from knnmoe.runtime.gates.onnx import FROZEN, OnnxGate, graph_name
-from knnmoe.runtime.gates.two_stage import (
-    MANY_ELEMENTS,
-    MANY_SIZE,
-    SCANNED_ELEMENTS,
-    TwoStageGate,
-)
+from knnmoe.runtime.gates.two_stage import MANY_ELEMENTS, MANY_SIZE, SCANNED_ELEMENTS
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.pipeline import Pipeline
 from knnmoe.runtime.projection import ProjectedKeys, block_size
 from knnmoe.runtime.stored_values import BITS, groups_of, store_values
 
 from .compress import StoredAs
 from .recall import Keys
 
-SCHEMA = "knnmoe.costs/1"
+SCHEMA = "knnmoe.costs/2"
 FEATURES = (
     "constant", "codes_4", "codes_8", "entries", "projection", "gathered", "restored", "values",
 )  # fmt: skip
-_SECONDS = 4.0  # of timing, at least
+_SECONDS = 8.0  # of timing, at least
 _FEWEST = 12  # rounds
 _KEY_ELEMENTS = 1 << 24  # of made-up full keys, at most
 _CONTEXT = 32
+_GATES = 4  # that have a memory, at most
+_MEMORY_BYTES = 1 << 29
+_LEAST_MS = 1e-4  # where noise hides what a gate adds
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,6 @@ class Costs:
         threads: Of the runtime; None as many as the processor has cores.
         hidden_size, experts, neighbors: Of the gates that were timed.
         frozen_ms: A decode step of the frozen model.
-        router_ms: Of it, one gate.
         coefficients: Milliseconds a unit of each of `FEATURES`.
     """
 
@@ -155,16 +151,15 @@ class Costs:
     experts: int
     neighbors: int
     frozen_ms: float
-    router_ms: float
     coefficients: tuple[float, ...]
 
     def gate_ms(self, gate: GateShape) -> float:
-        """One gate, one token."""
+        """What one gate adds to a token."""
         return float(gate.features @ np.array(self.coefficients))
 
     def token_ms(self, gates: Sequence[GateShape]) -> float:
         """A decode step with these gates compressed and all others frozen."""
-        return self.frozen_ms + sum(self.gate_ms(gate) - self.router_ms for gate in gates)
+        return self.frozen_ms + sum(map(self.gate_ms, gates))
 
     def write(self, path: Path) -> None:
         """As JSON, over what is there only when it is whole."""
@@ -186,7 +181,7 @@ class Costs:
                 raise ValueError("another schema")
             named = content.pop("coefficients")
             costs = Costs(**content, coefficients=tuple(float(named[name]) for name in FEATURES))
-            numbers = (costs.frozen_ms, costs.router_ms, *costs.coefficients)
+            numbers = (costs.frozen_ms, *costs.coefficients)
             if not all(np.isfinite(number) and number >= 0 for number in numbers):
                 raise ValueError("numbers that are no times")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -205,7 +200,7 @@ def clock_of(threads: int | None) -> Callable[[], float]:
 def measure_costs(
     model: Model, entries: int, candidates: int, neighbors: int, device: str, threads: int | None
 ) -> Costs:
-    """Time made-up gates of this model's sizes, and a frozen step.
+    """Time steps with made-up memories of this model's sizes, each in turn with the frozen step.
 
     Args:
         model: Is left without a memory.
@@ -215,51 +210,46 @@ def measure_costs(
         device: A name for the record.
         threads: Of the runtime.
     """
-    shape, rule = model.bundle.manifest.architecture, model.bundle.manifest.routing
+    shape = model.bundle.manifest.architecture
     size, experts = shape.hidden_size, shape.num_experts
-    seam = model.bundle.manifest.experts_per_token
-    designs = _designs(entries, size, experts, candidates)
-    engines: dict[str, OrtEngine] = {}
-
-    def engine_of(name: str) -> OrtEngine:
-        if name not in engines:
-            path = model.bundle.file(model.bundle.manifest.gates[name].file)
-            engines[name] = OrtEngine(path, threads=threads)
-        return engines[name]
-
-    bias = np.zeros(experts, np.float32) if rule.selection_bias else None
-    runs: dict[Any, Run] = {}
-    frozen = OnnxGate.over(engine_of(FROZEN), None, bias)
-    runs["frozen"] = _bound(frozen, size, experts, seam)
-    for design in designs:
-        memory = made_up(design, neighbors)
-        gate = TwoStageGate.over(
-            engine_of(graph_name(memory)), memory, rule, seam, bias, frozen=engine_of(FROZEN)
-        )
-        runs[design] = _bound(gate, size, experts, seam)
     model.disable_memory()
-    cache = model.pipeline.new_cache(capacity=_CONTEXT + 2)
+    frozen = decode_step(model.beside(0), _CONTEXT)
+    designs = _designs(entries, size, experts, candidates)
+    added, steps = [], []
+    for design in designs:
+        # Each gate has arrays of its own: what one read is not there for the next.
+        room = max(1, _MEMORY_BYTES // held_bytes(design))
+        count = min(shape.num_gates, _GATES, room)
+        memories = [made_up(design, neighbors) for _ in range(count)]
+        with_memory = model.backend.beside([*memories, *[None] * (shape.num_gates - count)])
+        pair = {"frozen": frozen, "memory": decode_step(Pipeline(with_memory), _CONTEXT)}
+        samples = turn_by_turn(pair, clock_of(threads), _SECONDS / len(designs))
+        more = np.median(np.array(samples["memory"]) - samples["frozen"])
+        added.append(max(float(more) / count, _LEAST_MS))
+        steps += samples["frozen"]
+    coefficients = fit([design.features for design in designs], added)
+    step = float(np.median(steps))
+    return Costs(device, threads, size, experts, neighbors, step, tuple(coefficients))
+
+
+def decode_step(pipeline: Pipeline, context: int) -> Run:
+    """Runs one token behind so many others, always at the same place."""
+    cache = pipeline.new_cache(capacity=context + 1)
     random = np.random.default_rng(0)
-    model.pipeline.step(cache, random.integers(0, shape.vocab_size, (1, _CONTEXT)))
-    runs["step"] = lambda: _step(model, cache)
-    times = turn_by_turn(runs, clock_of(threads))
-    router = times.pop("frozen")
-    step = times.pop("step")
-    coefficients = fit([d.features for d in designs], [times[d] for d in designs])
-    return Costs(device, threads, size, experts, neighbors, step, router, tuple(coefficients))
+    pipeline.step(cache, random.integers(0, pipeline.vocab_size, (1, context)))
+    token = np.array([[1]])
 
+    def run() -> None:
+        cache.lengths[:] = context
+        pipeline.step(cache, token)
 
-def _step(model: Model, cache: Any) -> None:
-    """A decode step at the context that the cache has."""
-    lengths = cache.lengths.copy()
-    model.pipeline.step(cache, np.array([[1]]))
-    cache.lengths[...] = lengths
+    return run
 
 
 def turn_by_turn(
     runs: Mapping[Any, Run], clock: Callable[[], float], seconds: float = _SECONDS
-) -> dict[Any, float]:
-    """Median milliseconds of each of some runs, one of each in turn."""
+) -> dict[Any, list[float]]:
+    """Milliseconds of each of some runs, one of each in turn, the first not counted."""
     for run in runs.values():
         run()
     samples: dict[Any, list[float]] = {name: [] for name in runs}
@@ -269,7 +259,7 @@ def turn_by_turn(
             started = clock()
             run()
             samples[name].append((clock() - started) * 1e3)
-    return {name: float(np.median(each)) for name, each in samples.items()}
+    return samples
 
 
 def fit(features: Sequence[NDArray[np.float64]], times: Sequence[float]) -> NDArray[np.float64]:
@@ -340,20 +330,4 @@ def made_up(shape: GateShape, neighbors: int) -> CompressedMemory:
         calibration=Calibration(),
         similarity="cosine",
         rule_first=False,
-    )
-
-
-def _bound(gate: Gate, size: int, experts: int, seam: int) -> Run:
-    """One call of one token."""
-    random = np.random.default_rng(1)
-    return gate.bind(
-        GateBuffers(
-            random.standard_normal((1, size), np.float32),
-            random.standard_normal((1, experts), np.float32),
-            np.zeros((1, 2), np.float32),
-            np.array([1]),
-            np.zeros((1, seam), np.int32),
-            np.zeros((1, seam), np.float32),
-            np.zeros((1, 2), np.float32),
-        )
     )
