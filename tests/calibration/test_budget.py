@@ -77,7 +77,7 @@ def costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     units = {"constant": 0.1, "codes_4": 1.0, "codes_8": 2.0}
     numbers = tuple(units.get(name, 0.0) for name in FEATURES)
-    Costs("a board", 1, 64, 8, 8, 1.0, 0.05, numbers).write(path)
+    Costs("a board", 1, 64, 8, 8, 1.0, numbers).write(path)
     return path
 
 
@@ -125,13 +125,11 @@ def test_the_pack_says_what_was_done_and_the_costs_are_those_of_the_record(
     assert stated["judged_by"] == "likelihood"
     assert stated["gain_kept"] == pytest.approx(report.kept(report.chosen))
     assert stated["bytes"] == report.chosen.bytes
-    point = next(p for p in report.points if p.recipe is not None)
     # 4-bit codes cost 1 ms a million, 8-bit codes 2.
-    gates = [gate for gate in report.pack.gates if point is report.chosen]
-    if gates:
-        codes = sum(gate.entries * point.recipe.width for gate in gates) / 1e6
-        unit = 1.0 if point.recipe.bits == 4 else 2.0
-        assert point.ms == pytest.approx(1.0 + len(gates) * 0.05 + codes * unit)
+    chosen, gates = report.chosen, report.pack.gates
+    codes = sum(gate.entries * chosen.recipe.width for gate in gates) / 1e6
+    unit = 1.0 if chosen.recipe.bits == 4 else 2.0
+    assert chosen.ms == pytest.approx(1.0 + len(gates) * 0.1 + codes * unit)
     assert set(report.gates) == {0, 1, 2}
 
 
@@ -247,7 +245,7 @@ def test_packs_and_texts_that_do_not_fit_are_refused_and_nothing_is_written(
     refused(SettingError, "domain: missing", domain=[])
     other = copied(pack, tmp_path / "other", fingerprint="sha256:" + "0" * 64)
     refused(MemoryPackError, "belongs to another model", other)
-    Costs("elsewhere", 1, 128, 8, 8, 1.0, 0.1, (0.0,) * len(FEATURES)).write(tmp_path / "c.json")
+    Costs("elsewhere", 1, 128, 8, 8, 1.0, (0.0,) * len(FEATURES)).write(tmp_path / "c.json")
     refused(SettingError, "is a record of other gates", costs=tmp_path / "c.json")
 
 
