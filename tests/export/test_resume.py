@@ -161,7 +161,9 @@ def _die_at(step: int, bundle: Path, run: Callable[[Path], object]) -> bool:
 
 
 COMMAND = """
-import sys, time
+import signal, sys, time
+# What runs in the background of a script inherits that it is not to be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from knnmoe.export import partial
 write, left = partial.write_file, int(sys.argv[3])
 def some(plan, directory, progress):
