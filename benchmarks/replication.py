@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/replication.py FOLDER --model OTHER
 
 Memories are built from the second half of the reference documents (the demo draws from all),
-calibrated on what the demo tests on, and measured on what it calibrates on. FOLDER keeps bundle,
-texts, memories and the table's figures.
+calibrated on what the demo tests on, and measured on what it calibrates on; a memory that
+calibration refuses is named. FOLDER keeps bundle, texts, memories and the table's figures.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def main(
         arrange(texts / name, folder / "texts" / name)
     if not (folder / "bundle").exists():
         export(model, folder / "bundle")
+    serving: list[str] = []
     for domain in domains:
         pack = folder / f"memory-{domain}"
         own, general = folder / "texts" / domain, folder / "texts" / "general"
@@ -55,12 +56,14 @@ def main(
                 folder / "bundle", pack, [own / "validation.jsonl"],
                 [general / "validation.jsonl"], max_tokens=calibration_tokens, threads=1,
             )  # fmt: skip
+            serving.append(domain)
         except VerificationError as refusal:
-            raise click.ClickException(str(refusal)) from refusal
-    confidence.main(
-        ["--demo", str(folder), "--tokens", str(test_tokens), "--domains", ",".join(domains),
-         "--json", str(folder / "confidence.json")],
-    )  # fmt: skip
+            click.echo(f"{domain}: refused: {refusal}")
+    if serving:
+        confidence.main(
+            ["--demo", str(folder), "--tokens", str(test_tokens), "--domains", ",".join(serving),
+             "--json", str(folder / "confidence.json")],
+        )  # fmt: skip
 
 
 def arrange(source: Path, target: Path) -> None:
