@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from knnmoe.export.gate_graphs import GateShape, gate_functions, gate_graph
 from knnmoe.runtime.blend import blend_found, knn_blend, prepare_queries
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.compressed import CompressedMemory
@@ -23,6 +22,8 @@ from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.two_stage import rank_products, search_compressed
 from memories import random_calibration, random_compressed, random_memory
 
+gate_graphs = pytest.importorskip("knnmoe.export.gate_graphs", reason="its graphs need onnx-ir")
+
 SIZE, EXPERTS, ROOM = 64, 8, 2
 RULE = RoutingRule(ROOM)
 
@@ -34,9 +35,9 @@ class Gates:
         import onnx_ir
 
         self.folder, self.rule = folder, rule
-        shape = GateShape(SIZE, EXPERTS, ROOM, rule)
+        shape = gate_graphs.GateShape(SIZE, EXPERTS, ROOM, rule)
         for name in ("frozen", "cosine", "rbf", "cosine-assignment"):
-            graph = gate_graph(name, shape).model(gate_functions(name))
+            graph = gate_graphs.gate_graph(name, shape).model(gate_graphs.gate_functions(name))
             onnx_ir.save(graph, folder / f"{name}.onnx")
 
     def over(self, memory: Any, candidates: int, **options: Any) -> TwoStageGate:
