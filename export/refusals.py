@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -44,27 +45,61 @@ def refuse_remote_code(source: Checkpoint, *, traced: bool = False) -> None:
     stated = source.config.get("auto_map")
     if stated is None:
         return
-    if traced:
-        from .torch_frontend.loading import causal_class
-
-        known, described = causal_class(source.model_type), True
+    described = source.model_type in FAMILIES
+    if described and not traced:
+        known: str | None = _camel(source.model_type) + "ForCausalLM"
     else:
-        known = "".join(part.capitalize() for part in source.model_type.split("_")) + "ForCausalLM"
-        described = source.model_type in FAMILIES
+        known = _class_of_transformers(source.model_type)
     for name in _model_classes(stated):
-        if described and name.rsplit(".", 1)[-1] == known:
+        same = known is not None and name.rsplit(".", 1)[-1] == known
+        if same and (described or traced):
             continue
         raise CheckpointError(
             f"{source.path / CONFIG}: auto_map",
             "the checkpoint's model is code of its own, and no code of a checkpoint is run",
-            expected=f"{known} of transformers" if described else " or ".join(sorted(FAMILIES)),
+            expected=" or ".join(sorted(FAMILIES)) if known is None else f"{known} of transformers",
             found=name[:200],
-            fix=f"If the model is nothing but {source.model_type}, remove auto_map from its config "
-            "and export with --verify."
-            if described
-            else "If the model is one of these families, convert it with transformers to the class "
-            "of that family, save it, and export that.",
+            fix=_instead_of_code(source.model_type, known, same, described, traced),
         )
+
+
+def _instead_of_code(
+    model_type: str, known: str | None, same: bool, described: bool, traced: bool
+) -> str:
+    """What else can be done with a checkpoint whose model is code of its own.
+
+    Args:
+        model_type: What the checkpoint says that it is.
+        known: The class that transformers has for that; None if it has none, or is not there.
+        same: Whether the checkpoint's class bears its name.
+        described: Whether there is a description of the family.
+        traced: Whether transformers' class was asked for.
+    """
+    if known is None:
+        return (
+            "If the model is one of these families, convert it with transformers to the class of "
+            "that family, save it, and export that."
+        )
+    trace = "" if described or traced else " --frontend torch"
+    if same:
+        return f"Try{trace}, which traces that one: into fp32 or fp16, for the CPU."
+    return (
+        f"If the model is nothing but {model_type}, remove auto_map from its config and export "
+        f"with{trace} --verify."
+    )
+
+
+def _class_of_transformers(model_type: str) -> str | None:
+    """The class that transformers has for a model type; None if it has none, or is not there."""
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return None
+    from .torch_frontend.loading import causal_class
+
+    return causal_class(model_type)
+
+
+def _camel(model_type: str) -> str:
+    return "".join(part.capitalize() for part in model_type.split("_"))
 
 
 def refuse_packed(source: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,23 @@ def test_a_family_that_is_not_described_is_told_of_the_trace(tmp_path: Path) -> 
     checkpoint = make_tiny(tmp_path / "c", "mixtral", model_type="granitemoe")
     with pytest.raises(CheckpointError, match="Try --frontend torch, which traces the model"):
         plan_export(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("GraniteMoeForCausalLM", "Try --frontend torch, which traces that one"),
+        ("BetterGranite", "nothing but granitemoe, remove auto_map .* --frontend torch --verify"),
+    ],
+)
+def test_code_of_a_checkpoint_that_transformers_has_too_is_told_of_the_trace(
+    tmp_path: Path, name: str, fix: str
+) -> None:
+    auto_map = {"AutoModelForCausalLM": f"modeling_granite.{name}"}
+    checkpoint = make_tiny(tmp_path / "c", "mixtral", model_type="granitemoe", auto_map=auto_map)
+    with pytest.raises(CheckpointError, match="GraniteMoeForCausalLM of transformers") as error:
+        plan_export(checkpoint)
+    assert re.search(fix, str(error.value.fix))
 
 
 @pytest.mark.parametrize(
