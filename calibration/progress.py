@@ -39,7 +39,10 @@ def token_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         _TokensPerSecond(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    # Of a bar that nobody sees, rich would leave an empty line.
+    watched = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not watched) as bars:
         task = bars.add_task(description, total=None, start=False)
 
         def report(done: int, total: int) -> None:

@@ -16,7 +16,7 @@ from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
 from knnmoe.runtime.jobs import work_directory
 
-from .frontends import DESCRIPTION, FRONTENDS, TRACED_FAMILIES
+from .frontends import DESCRIPTION, FRONTENDS, TORCH, TRACED_FAMILIES
 
 if TYPE_CHECKING:
     from knnmoe.runtime.bundle import Bundle
@@ -27,20 +27,23 @@ if TYPE_CHECKING:
 # Named here again so that `--help` need not import what defines them; a test compares.
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 BLOCK_SIZES = (32, 64, 128)
+ENTRIES = 10_000  # of a gate, where --dry-run is not told
 
 
-def _list_families(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:
-    if not asked or ctx.resilient_parsing:
-        return
+def _families() -> dict[str, list[str]]:
+    """Model types by the frontend that exports them."""
     from .families import FAMILIES
 
+    return {DESCRIPTION: sorted(FAMILIES), TORCH: list(TRACED_FAMILIES)}
+
+
+def _show_families(families: dict[str, list[str]]) -> None:
     click.echo("By the description of their family (model_type in config.json):")
-    for model_type in sorted(FAMILIES):
+    for model_type in families[DESCRIPTION]:
         click.echo(f"  {model_type}")
     click.echo("By tracing the model that transformers has (--frontend torch), among others:")
-    for model_type in TRACED_FAMILIES:
+    for model_type in families[TORCH]:
         click.echo(f"  {model_type}")
-    ctx.exit()
 
 
 EPILOG = f"""\b
@@ -55,14 +58,14 @@ Examples:
 @click.command(
     cls=CommandLine, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint", type=PATH, required=False, metavar="CHECKPOINT")
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--dry-run", is_flag=True,
               help="Only say what the bundle would hold, and what it fits.")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=1), metavar="N",
               help="--dry-run: tokens of a sequence.  [default: up to 4096]")  # fmt: skip
-@click.option("--entries", type=click.IntRange(min=0), default=10_000, show_default=True,
-              metavar="N", help="--dry-run: entries of each gate's memory.")  # fmt: skip
+@click.option("--entries", type=click.IntRange(min=0), metavar="N",
+              help=f"--dry-run: entries of each gate's memory.  [default: {ENTRIES}]")  # fmt: skip
 @click.option("--verify", "verified", is_flag=True,
               help="Compare with transformers before the bundle takes its name.")  # fmt: skip
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True,
@@ -99,15 +102,14 @@ Examples:
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--restart", is_flag=True, help="Discard an interrupted export of this bundle.")
 @json_option
-@click.option("--list-families", is_flag=True, is_eager=True, expose_value=False,
-              callback=_list_families, help="List the families that can be exported.")  # fmt: skip
+@click.option("--list-families", is_flag=True, help="List the families that can be exported.")
 @click.version_option(__version__, prog_name="knnmoe-export")
 def main(
-    checkpoint: Path,
+    checkpoint: Path | None,
     bundle: Path | None,
     dry_run: bool,
     context: int | None,
-    entries: int,
+    entries: int | None,
     verified: bool,
     precision: str,
     block_size: str | None,
@@ -122,6 +124,7 @@ def main(
     overwrite: bool,
     restart: bool,
     as_json: bool,
+    list_families: bool,
 ) -> None:
     """Export a Mixture-of-Experts checkpoint as a bundle of ONNX segments.
 
@@ -129,8 +132,17 @@ def main(
     directory to create. What an interrupted export has finished lies in BUNDLE.partial: the same
     command goes on from there.
     """
+    if list_families:
+        with outcome(as_json) as result:
+            families = _families()
+            result({"families": families}, lambda: _show_families(families))
+        return
+    if checkpoint is None:
+        raise click.UsageError("Missing argument 'CHECKPOINT'.")
     if bundle is None and not dry_run:
         raise click.UsageError("Missing argument 'BUNDLE'.")
+    if not dry_run and (context is not None or entries is not None):
+        raise click.UsageError("--context and --entries are for --dry-run.")
     with outcome(as_json) as result:
         try:
             from .exporter import export, plan_export
@@ -163,7 +175,8 @@ def main(
                 link=link,
                 frontend=frontend,
             )
-            result(fit_json(plan, context, entries), lambda: print_fit(plan, context, entries))
+            room = ENTRIES if entries is None else entries
+            result(fit_json(plan, context, room), lambda: print_fit(plan, context, room))
             return
         assert bundle is not None
         if verified:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from knnmoe.runtime.atomic import readable_size
+from knnmoe.runtime.commands.common import output
 
 from .exporter import ExportPlan, ExportReport
 from .fit import RESERVED, Needs, fits, needs
@@ -17,8 +17,9 @@ from .verification.differences import VerifyReport
 
 def print_report(report: ExportReport, check: VerifyReport | None) -> None:
     """Print what was written and, if it was compared with transformers, the worst errors."""
-    console = Console()
-    table = Table(title=f"Exported to {report.bundle}", title_justify="left")
+    console = output()
+    console.print(f"Exported to {report.bundle}", soft_wrap=True)
+    table = Table()
     table.add_column("segment", justify="right")
     table.add_column("ends at")
     table.add_column("graph", justify="right")
@@ -121,7 +122,7 @@ def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
     """Print what a bundle would hold, and which devices it would fit."""
     needed, tokens = _needs(plan, context, entries)
     shape = plan.model.shape
-    console = Console(highlight=False)
+    console = output()
     console.print(
         f"{plan.model.name}: {shape.num_layers} layers, {shape.num_gates} gates of "
         f"{shape.num_experts} experts, {plan.storage.precision}; nothing was written"
@@ -132,8 +133,8 @@ def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
     parts.add_column()
     parts.add_column(justify="right")
     parts.add_row("weights", readable_size(needed.weights))
-    parts.add_row(f"key-value cache of {tokens} tokens, fp32", readable_size(needed.cache))
-    parts.add_row(f"memory of {entries} entries a gate, fp32", readable_size(needed.memory))
+    parts.add_row(f"key-value cache of {tokens:,} tokens, fp32", readable_size(needed.cache))
+    parts.add_row(f"memory of {entries:,} entries a gate, fp32", readable_size(needed.memory))
     parts.add_row("in all", readable_size(needed.total))
     console.print(parts)
     if plan.links.nbytes:
@@ -141,7 +142,9 @@ def print_fit(plan: ExportPlan, context: int | None, entries: int) -> None:
             f"{readable_size(plan.links.nbytes)} of the weights need not be written: they lie in "
             "the checkpoint's own files"
         )
-    table = Table(title=f"With {readable_size(RESERVED)} for the system", title_justify="left")
+    table = Table(
+        title=f"What is left beside {readable_size(RESERVED)} for the system", title_justify="left"
+    )
     table.add_column("device")
     table.add_column("fits")
     table.add_column("left", justify="right")

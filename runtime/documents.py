@@ -175,7 +175,9 @@ def _parse(where: str, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(where, "not valid JSON", found=error) from error
     if not isinstance(record, dict):
-        raise InputError(where, "malformed", expected=f"an object: {SHAPES}", found=line[:60])
+        raise InputError(
+            where, "malformed", expected=f"an object: {SHAPES}", found=line.strip()[:60]
+        )
     return record
 
 

@@ -11,7 +11,7 @@ from .bundle import Bundle, FusedSpec
 from .compressed import Memory, widened
 from .engines.onnxruntime import OrtEngine
 from .engines.requirements import check_onnxruntime
-from .errors import BackendError
+from .errors import BackendError, SettingError
 from .gates.base import Gate
 from .gates.onnx import graph_name
 from .gates.select import Backend, EngineOf, make_gate
@@ -21,6 +21,7 @@ from .selection_bias import read_selection_biases
 LayoutName = Literal["split", "fused"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 SMALL_SEGMENT = 16 << 20
+MAX_THREADS = 1024
 
 
 class ModelBackend(Protocol):
@@ -66,6 +67,7 @@ class HostBackend:
             taken is the attribute of that name, None for the physical cores.
 
     Raises:
+        SettingError: If the threads are out of their range.
         BackendError: If the layout is unknown, not in the bundle, or ONNX Runtime is too old or
             refuses a graph.
     """
@@ -79,6 +81,11 @@ class HostBackend:
         threads: int | None = None,
     ) -> None:
         check_layout(layout)
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise SettingError(
+                "threads", "out of range", expected=f"a whole number from 1 to {MAX_THREADS}",
+                found=threads,
+            )  # fmt: skip
         check_onnxruntime(bundle)
         self.layout_name = layout
         self._bundle, self._gate = bundle, gate

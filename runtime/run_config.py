@@ -26,7 +26,7 @@ from .pack_parts import ModelIdentity
 from .stored_values import StoredValues, Values
 
 SCHEMA = "knnmoe.run/1"
-WRITE_AGAIN = "Write it again with `knnmoe profile … --budget-ms MS --run-config FILE`."
+WRITE_AGAIN = "Write it again with `knnmoe profile … --budget-ms MS --write-run-config FILE`."
 MOST = 1 << 40
 
 

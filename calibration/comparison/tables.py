@@ -14,6 +14,7 @@ from rich.text import Text
 
 from knnmoe.runtime.atomic import readable_size
 from knnmoe.runtime.cli_support import printable
+from knnmoe.runtime.commands.common import output
 
 from .compare import Comparison, RowResult
 from .measured import Change
@@ -30,9 +31,7 @@ def status() -> Iterator[Callable[[str], None]]:
 
 def print_comparison(found: Comparison, html: Path | None) -> None:
     """The table, what failed, and where the report is."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    console = output(WIDTH)
     table = Table(
         title="Change of NLL against the frozen router, nats a token [95 % interval]",
         title_justify="left",

@@ -242,12 +242,17 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> tuple[str | byt
         raise InputError(prompt_file, "cannot be read", found=error.strerror) from error
 
 
-def output() -> Console:
-    """Where tables go: standard output; wide enough to stay whole where nobody watches."""
+def output(width: int = 100) -> Console:
+    """Where tables go: standard output; wide enough to stay whole where nobody watches.
+
+    What looks like rich's markup is printed as it is: names of files may.
+    """
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 @contextmanager
@@ -268,6 +273,9 @@ def progress_bar(description: str, total: int) -> Iterator[Advance]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    # Of a bar that nobody sees, rich would leave an empty line.
+    watched = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not watched) as bars:
         task = bars.add_task(description, total=total)
         yield lambda amount: bars.advance(task, amount)

@@ -59,22 +59,22 @@ def doctor(required: tuple[str, ...], as_json: bool) -> None:
 
 def show(machine: Machine, console: Console) -> None:
     """Print what was found, what can be done with it, and what adds the rest."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from ..cli_support import printable
     from ..doctor import features
 
     facts = _table("This machine", ("", ""))
     for name, said in describe(machine):
-        facts.add_row(name, escape(printable(said)))
+        facts.add_row(name, printable(said))
     console.print(facts)
     can = _table("What it can do", ("", "", ""))
     wanted: dict[tuple[str, str], list[str]] = {}
     for feature in features(machine):
-        state = "[green]ready[/green]" if feature.ready else "[yellow]not ready[/yellow]"
+        state = Text("ready", "green") if feature.ready else Text("not ready", "yellow")
         missing = [lack.what for lack in feature.missing]
         said = f"{feature.title}{'; missing: ' if missing else ''}{', '.join(missing)}"
-        can.add_row(feature.name, state, escape(printable(said)))
+        can.add_row(feature.name, state, printable(said))
         for lack in feature.missing:
             wanted.setdefault((lack.what, lack.fix), []).append(feature.name)
     console.print(can)
@@ -82,7 +82,7 @@ def show(machine: Machine, console: Console) -> None:
         steps = _table("What would add the rest", ("missing", "step", "for"))
         for (what, fix), names in wanted.items():
             cells = (what, fix, ", ".join(names))
-            steps.add_row(*(escape(printable(cell)) for cell in cells))
+            steps.add_row(*(printable(cell) for cell in cells))
         console.print(steps)
 
 

@@ -73,7 +73,8 @@ def _print_evaluation(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{figures['tokens']:,} tokens in {figures['sequences']:,} sequences",
+        title=f"{figures['tokens']:,} tokens in {figures['sequences']:,} "
+        f"sequence{'' if figures['sequences'] == 1 else 's'}",
         title_justify="left",
     )
     names = ["frozen", "memory"] if "nll_memory" in figures else ["frozen"]

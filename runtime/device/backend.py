@@ -81,7 +81,10 @@ class DeviceBackend:
         load: LoadEngine | None = None,
     ) -> None:
         if settings.gate not in DEVICE_GATES:
-            raise BackendError("gate", "unknown", expected=DEVICE_GATES, found=settings.gate)
+            known = " or ".join(DEVICE_GATES)
+            raise BackendError(
+                "gate", "no backend of the device", expected=known, found=settings.gate
+            )
         if not isinstance(engines, EngineSet):
             engines = EngineSet.open(engines or find_engines(bundle), bundle)
         self._bundle, self._set, self._settings = bundle, engines, settings

@@ -46,7 +46,8 @@ def make_gate(
         SettingError: If the memory asks for more neighbours than the backend can find.
     """
     if backend not in BACKENDS:
-        raise BackendError("gate", "unknown backend", expected=BACKENDS, found=backend)
+        known = " or ".join(BACKENDS)
+        raise BackendError("gate", "no backend of the CPU", expected=known, found=backend)
     chosen = choose(memory) if backend == "auto" else backend
     if chosen == "two-stage" and memory is not None:
         engine = engine_of(graph_name(memory))

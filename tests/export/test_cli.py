@@ -85,8 +85,11 @@ def test_a_stated_failure_is_exit_code_1_and_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "one", "a b --precision int3", "a b --experts-per-token 0", "a b --no-such-option"],
-)
+    [
+        "", "one", "a b --precision int3", "a b --experts-per-token 0", "a b --no-such-option",
+        "a b --context 5", "a b --entries 5",
+    ],
+)  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments):
     assert call(*arguments.split()).exit_code == 2
 
@@ -97,6 +100,9 @@ def test_families_are_listed_without_a_checkpoint():
     described, traced = result.stdout.split("By tracing")
     assert "\n  olmoe\n" in described
     assert "\n  granitemoe\n" in traced
+    listed = json.loads(call("--list-families", "--json").stdout)["families"]
+    assert "olmoe" in listed["description"]
+    assert "granitemoe" in listed["torch"]
 
 
 def test_help_needs_nothing_heavy():

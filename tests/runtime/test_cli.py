@@ -142,6 +142,8 @@ def test_a_prompt_may_come_from_a_file_or_standard_input(bundle: Path, tmp_path:
         (["--prompt", "x", "--top-k", "-1"], "top_k: out of range"),
         (["--prompt", "x", "--seed", "-1"], "seed: out of range"),
         (["--prompt", "x", "--stop", ""], "stop: not a stop string"),
+        (["--prompt", "x", "--threads", "0"], "threads: out of range"),
+        (["--prompt", "x", "--gate", "cuda"], "gate: no backend of the CPU"),
         (["--prompt", "x", "--neighbors", "3"], "--neighbors: needs a memory"),
         (["--prompt", "x", "--memory", "/nonexistent"], "not a memory pack"),
     ],
@@ -261,6 +263,17 @@ def test_eval_says_what_the_memory_does(bundle: Path, pack: Path, text: Path) ->
 def test_eval_refuses_text_it_cannot_use(bundle: Path, tmp_path: Path, text: Path) -> None:
     assert "unknown kind of text file" in refused("eval", bundle, "--text", tmp_path)
     assert "context: out of range" in refused("eval", bundle, "--text", text, "--context", 129)
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common.output().print("my[bold]:smile:bundle")
+    assert capsys.readouterr().out == "my[bold]:smile:bundle\n"
+
+
+def test_a_bar_that_nobody_sees_leaves_no_line(bundle: Path, text: Path) -> None:
+    assert run("eval", bundle, "--text", text).stderr == ""
 
 
 # trace
