@@ -92,7 +92,7 @@ def test_fixed_neighbors_are_stated(load: Any, engine_sets: Any, tiny_pack: Path
 def test_plugin_gates_need_their_engines(load: Any) -> None:
     with pytest.raises(BackendError, match=r"no engine of the gate frozen.*plugin build"):
         load(settings=DeviceSettings(gate="plugin"))
-    with pytest.raises(BackendError, match="gate: unknown"):
+    with pytest.raises(BackendError, match="gate: no backend of the device"):
         load(settings=DeviceSettings(gate="faiss"))  # type: ignore[arg-type]
 
 
