@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import suppress
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,16 +15,20 @@ _END = object()
 async def iterate(items: Iterator[T]) -> AsyncIterator[T]:
     """The items of a generator, each asked for on a thread, so that the event loop goes on.
 
-    Whoever stops reading, or is cancelled, waits for the item that is being made; then the
-    generator is closed.
+    Whoever stops reading, or is cancelled, however often, waits for the item that is being made;
+    then the generator is closed.
     """
+    loop = asyncio.get_running_loop()
     try:
         while True:
-            making = asyncio.ensure_future(asyncio.to_thread(next, items, _END))
+            # Not a task, which a loop that ends would cancel while the thread goes on.
+            making = loop.run_in_executor(None, copy_context().run, next, items, _END)
             try:
                 item = await asyncio.shield(making)
             except asyncio.CancelledError:
-                await asyncio.wait([making])
+                while not making.done():
+                    with suppress(asyncio.CancelledError):  # raised again below
+                        await asyncio.wait([making])
                 making.exception()  # nobody else will ask for it
                 raise
             if item is _END:

@@ -6,12 +6,14 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from knnmoe.runtime.asynchronous import iterate
 from knnmoe.runtime.errors import BackendError, InputError, SettingError
 from knnmoe.runtime.layouts import GateRecord
 from knnmoe.runtime.model import Model
@@ -227,6 +229,48 @@ def test_a_cancelled_task_ends_its_text(model: Model) -> None:
 
     asyncio.run(cancel())
     assert model.metrics.finished == {"cancelled": 1}
+
+
+def endless(making: threading.Event, going_on: threading.Event, closed: list[str]) -> Iterator[int]:
+    """Items of which the second takes until it may go on."""
+    try:
+        yield 0
+        making.set()
+        assert going_on.wait(10)
+        yield 1
+    finally:
+        closed.append("closed")
+
+
+@pytest.mark.parametrize("ended_by", ["cancelled twice", "the end of the loop"])
+def test_a_step_that_runs_is_waited_for_whatever_ends_its_text(ended_by: str) -> None:
+    making, going_on, closed = threading.Event(), threading.Event(), []
+    problems: list[dict[str, Any]] = []
+
+    async def read() -> None:
+        async for _ in iterate(endless(making, going_on, closed)):
+            pass
+
+    async def end() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: problems.append(context))
+        task = loop.create_task(read())
+        while not making.is_set():
+            await asyncio.sleep(0.001)
+        if ended_by == "the end of the loop":
+            loop.call_later(0.02, going_on.set)
+            return
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        assert not task.done()
+        going_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(end())
+    assert closed == ["closed"]
+    assert not problems
 
 
 def test_hooks_are_told_of_every_step(model: Model) -> None:
