@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -59,7 +58,7 @@ class Calibration:
                 raise SettingError(
                     f"calibration.{field.name}", "out of range", expected="0 or 1", found=number
                 )
-            if not (math.isfinite(number) and low <= number <= high):
+            if not low <= number <= high:
                 raise SettingError(
                     f"calibration.{field.name}",
                     "out of range",

@@ -100,6 +100,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return content
 
 
+def is_finite(number: float) -> bool:
+    """Whether a number is finite as fp64; JSON may hold whole numbers that are beyond it."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
@@ -211,7 +219,7 @@ class Fields:
         found = self.raw(name)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise self.wrong(name, "malformed", expected="a number", found=found)
-        if not math.isfinite(found):
+        if not is_finite(found):
             raise self.wrong(name, "malformed", expected="a finite number", found=found)
         return float(found)
 
@@ -219,7 +227,7 @@ class Fields:
         """A list of finite numbers."""
         found = self.raw(name)
         if not isinstance(found, list) or not all(
-            type(number) in (int, float) and math.isfinite(number) for number in found
+            type(number) in (int, float) and is_finite(number) for number in found
         ):
             raise self.wrong(name, "malformed", expected="a list of finite numbers", found=found)
         return [float(number) for number in found]

@@ -244,6 +244,7 @@ def set_in(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_in("routing", "score", value="dice"), "routing.score: unknown"),
         (set_in("routing", "top_k", value=9), "top_k: out of range"),
         (set_in("routing", "scale", value="1"), "scale: malformed"),
+        (set_in("routing", "scale", value=10**400), "scale: malformed"),
         (set_in("routing", "renormalize", value=1), "renormalize: malformed"),
         (set_in("routing", "renormalize", value=...), "renormalize: missing"),
         (set_in("routing", "experts", value=8), "experts: unknown field"),

@@ -118,6 +118,10 @@ ATTACKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "K too large": (lambda m: m.update(neighbors=65), "neighbors"),
     "K true": (lambda m: m.update(neighbors=True), "neighbors"),
     "scale above one": (lambda m: m["gates"][0]["calibration"].update(scale=1.5), "scale"),
+    "scale beyond every float": (
+        lambda m: m["gates"][0]["calibration"].update(scale=10**400),
+        "scale",
+    ),
     "number missing": (lambda m: m["gates"][0]["calibration"].pop("cap"), "calibration"),
     "number as text": (lambda m: m["gates"][0]["calibration"].update(cap="12"), "cap"),
     "size": (lambda m: m["gates"][0].update(size=3), "size"),
