@@ -191,25 +191,35 @@ def remove_stale(target: Path) -> None:
     place, gets its name back.
     """
     for sibling in _siblings(target, OLD_FORM):
-        if time.time() - sibling.stat().st_ctime < STALE_AFTER_SECONDS:
-            continue
-        if target.exists():
-            shutil.rmtree(sibling, ignore_errors=True)
-        else:
-            sibling.rename(target)
+        with suppress(FileNotFoundError):  # another writer was here first
+            _put_back(sibling, target)
     for sibling in _siblings(target, STALE_FORM):
-        if time.time() - sibling.stat().st_mtime < STALE_AFTER_SECONDS:
-            continue
-        if sibling.is_file():
-            sibling.unlink(missing_ok=True)
-            continue
-        try:
-            lock = lock_directory(sibling)
-        except BlockingIOError:
-            continue
-        if lock is not None:
-            shutil.rmtree(sibling, ignore_errors=True)
-            os.close(lock)
+        with suppress(FileNotFoundError):
+            _clear_away(sibling)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    if time.time() - old.stat().st_ctime < STALE_AFTER_SECONDS:
+        return
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.rename(target)
+
+
+def _clear_away(stale: Path) -> None:
+    if time.time() - stale.stat().st_mtime < STALE_AFTER_SECONDS:
+        return
+    if stale.is_file():
+        stale.unlink(missing_ok=True)
+        return
+    try:
+        lock = lock_directory(stale)
+    except BlockingIOError:
+        return
+    if lock is not None:
+        shutil.rmtree(stale, ignore_errors=True)
+        os.close(lock)
 
 
 def _siblings(target: Path, form: str) -> list[Path]:

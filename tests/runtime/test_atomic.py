@@ -207,6 +207,19 @@ def test_remains_of_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     assert names(tmp_path) == {"pack", ".pack.notours.partial.x", ".other.0123abcd.partial"}
 
 
+@pytest.mark.parametrize("left", [".pack.0123abcd.old", ".pack.0123abcd.partial"])
+def test_remains_that_another_writer_removes_first_are_no_failure(tmp_path, monkeypatch, left):
+    found = atomic._siblings
+
+    def gone(target: Path, form: str) -> list[Path]:
+        there = found(target, form)
+        return [*there, tmp_path / left] if left.endswith(form[-4:]) else there
+
+    monkeypatch.setattr(atomic, "_siblings", gone)
+    make(tmp_path / "pack", "new")
+    assert names(tmp_path) == {"pack"}
+
+
 def test_a_writer_that_is_alive_is_left_alone(tmp_path):
     with new_directory(tmp_path / "pack", overwrite=True) as directory:
         age(directory)
