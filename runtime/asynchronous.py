@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import suppress
 from contextvars import copy_context
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
@@ -22,7 +23,8 @@ async def iterate(items: Iterator[T]) -> AsyncIterator[T]:
     try:
         while True:
             # Not a task, which a loop that ends would cancel while the thread goes on.
-            making = loop.run_in_executor(None, copy_context().run, next, items, _END)
+            following = partial(copy_context().run, next, items, _END)
+            making: asyncio.Future[Any] = loop.run_in_executor(None, following)
             try:
                 item = await asyncio.shield(making)
             except asyncio.CancelledError:
@@ -33,7 +35,7 @@ async def iterate(items: Iterator[T]) -> AsyncIterator[T]:
                 raise
             if item is _END:
                 return
-            yield item  # type: ignore[misc]  # `next` returns an item or the sentinel above
+            yield item
     finally:
         if isinstance(items, Generator):
             items.close()
