@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from knnmoe.runtime.atomic import new_directory
+from knnmoe.runtime.atomic import check_copy, new_directory
 from knnmoe.runtime.errors import SettingError
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
@@ -106,6 +106,7 @@ def compress_to_budget(
         OutputError: If the directory cannot be written.
     """
     pack = MemoryPack.open(path)
+    check_copy(pack.path, Path(target), overwrite=overwrite)
     check_candidates(settings.candidates, pack.neighbors)
     check_compressible(pack, WIDTH_STEP, "as-stored")
     if bundle is None and (domain or general or costs):
@@ -127,10 +128,7 @@ def compress_to_budget(
     search = Search(pack, gates, limit, settings, model, rule, domain, general, progress)
     if model is not None:
         search.costs = _costs(model, pack, settings, costs)
-    parent = Path(target).absolute().parent
-    if not parent.is_dir():
-        parent = Path(tempfile.gettempdir())
-    scratch = Path(tempfile.mkdtemp(prefix=".compress-", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=".compress-", dir=Path(target).absolute().parent))
     try:
         report = search.run(scratch)
         with new_directory(Path(target), overwrite=overwrite) as folder:

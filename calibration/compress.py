@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from knnmoe.runtime.atomic import new_directory
+from knnmoe.runtime.atomic import check_copy, new_directory
 from knnmoe.runtime.blend import unit_rows
 from knnmoe.runtime.calibration import Variant
 from knnmoe.runtime.compressed_files import (
@@ -206,6 +206,7 @@ def compress_pack(
         OutputError: If the directory cannot be written.
     """
     pack = path if isinstance(path, MemoryPack) else MemoryPack.open(path)
+    check_copy(pack.path, Path(target), overwrite=overwrite)
     check_candidates(settings.candidates, pack.neighbors)
     check_compressible(pack, settings.scan_width or WIDTH_STEP, settings.values)
     written = [gate for gate in pack.gates if gates is None or gate.gate in gates]

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from knnmoe.runtime.atomic import check_file
 from knnmoe.runtime.cli_support import outcome
 from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import SettingError
@@ -144,6 +145,8 @@ def compress(
         from .progress import token_bar
         from .tables import print_budget
 
+        check_file("--front", options["front"])
+        check_file("--costs", options["costs"])
         with token_bar("Measuring") as progress:
             report = compress_to_budget(
                 pack,

@@ -120,6 +120,32 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_copy(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Raise `OutputError` unless a copy of one directory may be created as another one."""
+    if source.exists() and target.exists() and source.samefile(target):
+        raise OutputError(target, "is what is to be copied", fix="Choose another name.")
+    check_replaceable(target, overwrite=overwrite)
+
+
+def check_file(option: str, target: Path | None) -> None:
+    """Raise `OutputError` if a file that an option names could not be written; None is none.
+
+    For what is written after long work: whoever named it wants to know before.
+    """
+    if target is None:
+        return
+    if not target.parent.is_dir():
+        raise OutputError(
+            option, "names a file in a directory that does not exist", found=target.parent,
+            fix=f"Create {target.parent} first.",
+        )  # fmt: skip
+    if target.is_dir():
+        raise OutputError(option, "names a directory", expected="a file", found=target)
+    if not os.access(target.parent, os.W_OK):
+        raise OutputError(option, "names a file in a directory that cannot be written",
+                          found=target.parent, fix="Choose another directory.")  # fmt: skip
+
+
 def check_free_space(directory: Path, needed_bytes: int) -> None:
     """Raise `OutputError` if the file system of `directory` has too little room."""
     free = shutil.disk_usage(directory).free

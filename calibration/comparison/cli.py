@@ -75,12 +75,15 @@ def compare(
     chosen on validation text only. Needs torch, so it is for a bench machine.
     """
     with outcome(as_json) as result:
+        from knnmoe.runtime.atomic import check_file
+
         from .bench import Inputs
         from .compare import compare as run
         from .page import write_page
         from .rows import choose_rows
         from .tables import print_comparison, status
 
+        check_file("--html", html)
         with status() as say:
             found = run(
                 Inputs(checkpoint, bundle, memory, reference, validation, text, general),

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from ..cli_support import INTERRUPTED, outcome
-from ..errors import SettingError
 from .common import (
     LAYOUTS,
     PATH,
@@ -166,14 +165,14 @@ def profile(
     outputs = Outputs.taken_from(load)
     outputs.check_sizes(_flat(entries))
     with outcome(as_json) as result:
+        from ..atomic import check_file
         from ..profiling.record import write_record
         from ..profiling.report import print_record
         from ..profiling.run import ProfileOptions, run_profile
 
         check_needs_memory(memory, load)
-        if file is not None and not file.parent.is_dir():
-            raise SettingError("--output", "names a file in a directory that does not exist",
-                               found=file.parent)  # fmt: skip
+        check_file("--output", file)
+        outputs.check_files()
         options = ProfileOptions(
             layouts=_flat(layouts),
             phases=_flat(phases) or PHASES,

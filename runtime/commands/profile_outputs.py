@@ -82,6 +82,13 @@ class Outputs:
             raise click.UsageError("--write-run-config needs --budget-ms.")
         return found
 
+    def check_files(self) -> None:
+        """Raise `OutputError` if a file that is asked for could not be written."""
+        from ..atomic import check_file
+
+        check_file("--html", self.html)
+        check_file("--write-run-config", self.write_run_config)
+
     def check_sizes(self, entries: Sequence[str]) -> None:
         """Raise `click.UsageError` if sizes asked for would leave a budget without an answer."""
         if self.budget_ms is not None and ("0" not in entries or len(set(entries)) < 3):

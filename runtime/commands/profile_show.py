@@ -57,6 +57,7 @@ def show(
         from ..profiling.from_device import read_device_results
         from ..profiling.record import read_record
 
+        outputs.check_files()
         device = None if from_device is None else read_device_results(from_device)
         found = None
         if device is None:

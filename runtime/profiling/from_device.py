@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .record import ProfileRecord, read_record
 
 SCHEMA = "knnmoe.device-results/1"
 MAX_LOG_BYTES = 1 << 27
+SHOWN = 8  # names of files that are of no use, in an error
 FORMAT = "See docs/formats.md, Results of a device."
 
 
@@ -131,10 +132,15 @@ def read_device_results(path: str | Path) -> DeviceResults:
             unread.append(name)
     if not (records or sensors or layers):
         raise ProfileError(
-            root, "holds nothing of a measurement", found=", ".join(unread) or "no files",
+            root, "holds nothing of a measurement", found=_listed(unread),
             expected="profile records, tegrastats*, nvidia-smi*, layers*.json", fix=FORMAT,
         )  # fmt: skip
     return DeviceResults(root, records, sensors, layers, tuple(unread))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN]) or "no files"
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 def _is_record(file: Path) -> bool:

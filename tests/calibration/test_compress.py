@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import knnmoe.runtime.memory as memory_module
 from conftest import make_identity
+from knnmoe.calibration.budget import Budget, compress_to_budget
 from knnmoe.calibration.cli import memory as memory_commands
 from knnmoe.calibration.compress import CompressSettings, compress_pack
 from knnmoe.calibration.recall import Exact, measure_recall, principal, project_keys, turned
@@ -24,7 +25,7 @@ from knnmoe.runtime.bundle import Bundle, describe_file
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
-from knnmoe.runtime.errors import MemoryPackError, SettingError
+from knnmoe.runtime.errors import MemoryPackError, OutputError, SettingError
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.numpy import NumpyGate
 from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
@@ -674,3 +675,22 @@ def test_a_manifest_that_states_impossible_values_is_refused(
     (small / "memory.json").write_text(json.dumps(manifest))
     with pytest.raises(MemoryPackError, match=says):
         MemoryPack.open(small)
+
+
+def test_a_pack_is_not_compressed_into_itself(tiny_pack: Path) -> None:
+    before = {file.name: file.read_bytes() for file in tiny_pack.iterdir()}
+    with pytest.raises(OutputError, match="is what is to be copied"):
+        compress_pack(tiny_pack, tiny_pack.parent / "." / tiny_pack.name, overwrite=True)
+    with pytest.raises(OutputError, match="is what is to be copied"):
+        compress_to_budget(tiny_pack, tiny_pack, Budget.parse("50%"), overwrite=True)
+    assert {file.name: file.read_bytes() for file in tiny_pack.iterdir()} == before
+
+
+def test_what_is_in_the_way_is_found_before_a_budget_is_searched(
+    tiny_pack: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        compress_to_budget(tiny_pack, tmp_path, Budget.parse("50%"))
+    with pytest.raises(OutputError, match="parent directory does not exist"):
+        compress_to_budget(tiny_pack, tmp_path / "missing" / "pack", Budget.parse("50%"))

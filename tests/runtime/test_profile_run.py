@@ -131,6 +131,8 @@ def test_an_interrupt_gives_what_was_measured_and_says_so(
         (("--entries", "100"), "--entries: needs a memory"),
         (("--variant", "logits"), "--variant: needs a memory"),
         (("--output", "missing/record.json"), "--output: names a file in a directory"),
+        (("--html", "missing/page.html"), "--html: names a file in a directory"),
+        (("--output", "."), "--output: names a directory"),
         (("--batch", "0"), "batch: out of range"),
     ],
 )
