@@ -8,6 +8,7 @@ codes are those of `EXIT_CODES`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -19,14 +20,17 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import InputError, KnnMoeError
+from .errors import InputError, KnnMoeError, OutputError
 
 Result = Callable[[Mapping[str, Any], Callable[[], None]], None]
 
 FAILED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130  # what shells report for Ctrl-C
+READER_GONE = 141  # for SIGPIPE
 TERMINATED = 143
+_STDOUT = "standard output"
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # What `--help` of a program ends with.
 EXIT_CODES = """\b
@@ -91,12 +95,32 @@ class CommandLine(click.Command):
             return super().main(args, prog_name, complete_var, standalone_mode=False, **more)
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
+        with _streams():
+            return self._run(words, as_json, prog_name, complete_var, **more)
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        """As click does; help may be printed here."""
+        with _reader():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does."""
+        with _reader():
+            return super().invoke(ctx)
+
+    def _run(
+        self,
+        words: list[str],
+        as_json: bool,
+        prog_name: str | None,
+        complete_var: str | None,
+        **more: Any,
+    ) -> NoReturn:
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False, **more)
+            sys.stdout.flush()
         except click.UsageError as error:
-            if as_json:
-                _print_json(_usage_json(error, self.name or ""), sys.stdout)
-            else:
+            if not (as_json and _printed(_usage_json(error, self.name or ""), sys.stdout)):
                 error.show()
             sys.exit(WRONG_USAGE)
         except click.ClickException as error:
@@ -106,7 +130,37 @@ class CommandLine(click.Command):
             _fail(error, as_json, sys.stdout)
         except click.Abort:
             _end_interrupted()
+        except OSError as error:
+            known = _stated(error)
+            if known is None:
+                raise
+            _fail(known, as_json, sys.stdout)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[None]:
+    """End quietly when nobody reads what is printed any more, as behind `| head`."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit) as end:
+        # rich makes a `SystemExit` of it.
+        if not isinstance(end if isinstance(end, OSError) else end.__context__, BrokenPipeError):
+            raise
+        _drop(sys.stdout)
+        sys.exit(READER_GONE)
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Give standard streams that were closed (`>&-`) a place to write to."""
+    with contextlib.ExitStack() as opened:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                nowhere = opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                setattr(sys, name, nowhere)
+                opened.callback(setattr, sys, name, None)
+        yield
 
 
 def _usage_json(error: click.UsageError, program: str) -> dict[str, Any]:
@@ -126,11 +180,28 @@ def _usage_json(error: click.UsageError, program: str) -> dict[str, Any]:
 
 
 def _fail(error: KnnMoeError, as_json: bool, stdout: Any) -> NoReturn:
-    if as_json:
-        _print_json(error.to_json(), stdout)
-    else:
+    if error.where == _STDOUT or not (as_json and _printed(error.to_json(), stdout)):
         print_error(error)
     sys.exit(FAILED)
+
+
+def _printed(error: Mapping[str, Any], stdout: Any) -> bool:
+    """Print an error for a script; returns whether there was room for it."""
+    try:
+        _print_json(error, stdout)
+    except OSError:
+        _drop(stdout)
+        return False
+    return True
+
+
+def _drop(stream: Any) -> None:
+    """Forget what a stream holds and cannot write, on which Python would fail once more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
 
 
 def _end_interrupted() -> NoReturn:
@@ -151,6 +222,14 @@ def _stated(error: Exception) -> KnnMoeError | None:
             "cannot be used",
             found=error.strerror,
             fix="Check that it is there, and that you may read or write it.",
+        )
+    if isinstance(error, OSError) and error.errno in _UNWRITTEN:
+        _drop(sys.__stdout__)
+        return OutputError(
+            _STDOUT,
+            "cannot be written",
+            found=error.strerror,
+            fix="Free some room, or write it to another place.",
         )
     return None
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -97,3 +100,41 @@ def test_sigterm_runs_the_clean_up():
 
 def test_a_strangers_text_cannot_drive_the_terminal():
     assert printable("name\x1b[2J\x07 ü\n") == "name\ufffd[2J\ufffd ü\n"
+
+
+COMPLETION = [sys.executable, "-m", "knnmoe.runtime.cli", "completion", "bash"]
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(COMPLETION, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_full_disk_behind_standard_output_is_a_stated_failure(words):
+    code = """if True:
+        import click
+        from knnmoe.runtime.cli_support import CommandLine, outcome
+        @click.command(cls=CommandLine)
+        @click.option("--json", "as_json", is_flag=True)
+        def main(as_json):
+            with outcome(as_json) as result:
+                result({"n": 1}, lambda: click.echo("1"))
+        main()
+    """
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code, *words], stdout=full,
+                              stderr=subprocess.PIPE, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert b"standard output: cannot be written" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_standard_output_that_is_closed_is_no_defect():
+    closed = ["sh", "-c", '"$@" >&-', "sh", *COMPLETION]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
