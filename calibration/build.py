@@ -137,6 +137,9 @@ def build_memory(
     device, dtype = resolved(settings)
     settings = replace(settings, device=device, dtype=dtype)
     opened = Checkpoint.open(checkpoint)
+    positions = opened.config.get("max_position_embeddings")
+    if isinstance(positions, int) and 2 <= positions < settings.max_length:
+        settings = replace(settings, max_length=positions)
     with stated_failures(target.absolute()):
         reference, backdrop = _read_texts(opened, references, background, settings, target)
     recipe = Recipe(Path(checkpoint).absolute(), settings, workers.threads)

@@ -67,7 +67,12 @@ def memory() -> None:
 @click.option(
     "--gates", default="all", show_default=True, help="all, last:N, or numbers such as 0,3."
 )
-@click.option("--max-length", default=256, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--max-length",
+    default=256,
+    show_default=True,
+    help="Tokens of a sequence; no more than the model's positions.",
+)
 @click.option("--max-tokens", type=int, help="Entries from the reference text at most.")
 @click.option("--batch-tokens", default=1024, show_default=True, help="Tokens learned together.")
 @click.option(

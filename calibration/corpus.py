@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knnmoe.runtime.atomic import output_error
 from knnmoe.runtime.documents import Document, Render, TextHash, encode_document, read_documents
 from knnmoe.runtime.errors import InputError, SettingError
 from knnmoe.runtime.tokenizer import Tokenizer
@@ -107,15 +108,13 @@ class Corpus:
         Raises:
             InputError: If a file cannot be used, or there is not one entry in all.
             SettingError: If a limit is out of its range.
+            OutputError: If nothing can be written to `spool`.
         """
         if max_length < 2:
             raise SettingError("max length", "out of range", expected=">= 2", found=max_length)
         if max_tokens is not None and max_tokens < 1:
             raise SettingError("max tokens", "out of range", expected=">= 1", found=max_tokens)
-        with (
-            tempfile.TemporaryFile(dir=spool) as tokens,
-            tempfile.TemporaryFile(dir=spool) as credits,
-        ):
+        with _temporary(spool) as tokens, _temporary(spool) as credits:
             writer = _Writer(tokenizer, vocab_size, max_length, tokens, credits)
             for number, reference in enumerate(references):
                 for document in read_documents(reference.path, render):
@@ -204,6 +203,14 @@ class Corpus:
         piece = self.piece(sequence)
         at = np.flatnonzero(piece.credited)
         return piece.tokens[at].astype(np.int64), self.index.positions[sequence] + at
+
+
+def _temporary(directory: Path | None) -> IO[bytes]:
+    """A file without a name, gone when it is closed."""
+    try:
+        return tempfile.TemporaryFile(dir=directory)
+    except OSError as error:
+        raise output_error(directory or Path(tempfile.gettempdir()), error) from error
 
 
 def _columns() -> dict[str, array[int]]:

@@ -38,7 +38,7 @@ class BuildSettings:
         rate: `relative`: a first step moves each gate's logits by that share of their root mean
             square; `absolute`: the same rate for all gates, as in the paper.
         gates: Which gates: `all`, `last:N`, or numbers such as `0,3`.
-        max_length: Tokens a sequence is cut to.
+        max_length: Tokens a sequence is cut to; a model of fewer positions has that many.
         max_tokens: Entries from the reference text at most, or None.
         batch_tokens: Padded tokens a batch has room for.
         precision: Of the stored tensors.
@@ -196,6 +196,8 @@ def parse_gates(text: str, num_gates: int) -> tuple[int, ...]:
 
 def _check(name: str, number: float, low: float, high: float) -> None:
     if isinstance(number, bool) or not low <= number <= high:
+        whole = "whole " if isinstance(low, int) and isinstance(high, int) else ""
+        least, most = (f"{int(end):,}" if end == int(end) else f"{end:g}" for end in (low, high))
         raise SettingError(
-            name, "out of range", expected=f"a number from {low:g} to {high:g}", found=number
+            name, "out of range", expected=f"a {whole}number from {least} to {most}", found=number
         )

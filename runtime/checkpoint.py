@@ -26,6 +26,7 @@ from .manifest import parse_object, read_object
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BUNDLE = "manifest.json"
 
 MAX_JSON_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -81,6 +82,12 @@ class Checkpoint:
                 expected=f"a directory with {CONFIG} and {SINGLE} or {INDEX}",
                 found="no such directory" if not root.exists() else "a file",
                 fix="Name the directory of a Hugging Face checkpoint.",
+            )
+        if (root / BUNDLE).exists() and not ((root / SINGLE).exists() or (root / INDEX).exists()):
+            raise CheckpointError(
+                root,
+                "is a bundle, not a checkpoint",
+                fix="Name the Hugging Face checkpoint that it was exported from.",
             )
         config = _read_json(root / CONFIG)
         if (root / INDEX).exists():

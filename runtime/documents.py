@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl")
 # Text beyond this is tokenised in pieces, cut behind a line's end.
 PIECE_BYTES = 1 << 20
+_WEIGHTED = "A weight is a number, as in FILE@0.5, and is for `knnmoe memory build` alone."
 SHAPES = '{"text"}, {"prompt", "completion"} or {"messages": [{"role", "content"}, …]}'
 
 
@@ -89,7 +91,8 @@ def read_documents(path: Path, render: Render | None = None) -> Iterator[Documen
             path,
             "unknown kind of text file",
             expected=" or ".join(SUFFIXES),
-            found=path.suffix or "no suffix",
+            found="a directory" if path.is_dir() else path.suffix or "no suffix",
+            fix=_WEIGHTED if "@" in path.name else None,
         )
     found = False
     try:
@@ -119,7 +122,10 @@ def _plain_text(path: Path, stream: BinaryIO) -> Iterator[Document]:
 
 def _pieces(path: Path, stream: BinaryIO) -> Iterator[str]:
     """A file's text in pieces of about `PIECE_BYTES`, cut at a line's end if there is one."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    # Of files from elsewhere lines end in \r\n, which models know little of.
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8-sig")(), translate=True
+    )
     rest, lines, offset = "", 1, 0
     while True:
         data = stream.read(PIECE_BYTES)

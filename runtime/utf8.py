@@ -6,9 +6,12 @@ from .errors import InputError
 
 
 def decode_utf8(content: bytes, where: object) -> str:
-    """Bytes as text, a byte order mark dropped, or `InputError` naming the line and byte."""
+    """Bytes as text, or `InputError` naming the line and byte.
+
+    A byte order mark is dropped, and lines end as they do on Unix, as of all text that is read.
+    """
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 FROM_DEVICE = "--from-device"  # is an option of `show`; without a bundle `show` need not be said
 
@@ -17,11 +19,33 @@ ON_RECORDS: Mapping[str, tuple[str, str, str]] = {
 }
 
 
+class BundleOrName(click.Path):
+    """A bundle, which shells complete as a directory, or a name of `ON_RECORDS`."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Names that begin so, with the directories that do; else what a path is completed by."""
+        names = [name for name in ON_RECORDS if name.startswith(incomplete)]
+        if not names:
+            return super().shell_complete(ctx, param, incomplete)
+        # Beside what it is given a shell completes no paths; nor does it quote what it is given.
+        found = (path.name for path in Path().glob(f"{incomplete}*") if path.is_dir())
+        beside = sorted(name for name in found if name[0] != "." and " " not in name)
+        return [CompletionItem(name) for name in (*names, *beside)]
+
+
 class ProfileCommand(click.Command):
     """A command whose first argument may be the name of another one.
 
     Anything else is a bundle; a bundle whose directory bears such a name is `./compare`.
     """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        for param in self.params:
+            if param.name == "bundle":
+                param.type = BundleOrName(path_type=Path)
 
     def make_context(
         self,

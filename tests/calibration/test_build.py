@@ -237,6 +237,11 @@ def test_gates_are_chosen_by_words_or_numbers(text: str, expected: tuple[int, ..
     assert parse_gates(text, 3) == expected
 
 
+def test_no_sequence_is_longer_than_the_models_positions(build: Build, tmp_path: Path) -> None:
+    report = build(tmp_path / "pack", {"max_length": 1000, "gates": "0"}, background=[])
+    assert report.pack.provenance["max_length"] == 128
+
+
 @pytest.mark.parametrize("text", ["", "last", "last:0", "last:4", "3", "-1", "0;1", "first:1"])
 def test_gates_that_are_not_there_are_refused(text: str) -> None:
     with pytest.raises(SettingError, match="gates"):

@@ -13,7 +13,13 @@ from knnmoe.calibration.references import Reference
 from knnmoe.runtime import documents as documents_module
 from knnmoe.runtime.chat import ChatTemplate
 from knnmoe.runtime.conversations import Conversations
-from knnmoe.runtime.errors import CheckpointError, InputError, KnnMoeError, SettingError
+from knnmoe.runtime.errors import (
+    CheckpointError,
+    InputError,
+    KnnMoeError,
+    OutputError,
+    SettingError,
+)
 from knnmoe.runtime.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -310,3 +316,11 @@ def test_a_long_file_never_lies_in_memory_as_a_whole(
     tracemalloc.stop()
     assert corpus.targets > 1_000_000
     assert peak < 3 << 20  # as a list of tokens it would take nine megabytes
+
+
+def test_where_nothing_can_be_spooled_the_directory_is_named(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = lines(tmp_path / "a.jsonl", {"text": "one two"})
+    with pytest.raises(OutputError, match="missing: cannot be written"):
+        read(tokenizer, file, spool=tmp_path / "missing")

@@ -109,6 +109,10 @@ def test_what_is_no_directory_of_a_checkpoint_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="not a checkpoint directory"):
             Checkpoint.open(tmp_path / name)
     (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "empty" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a bundle, not a checkpoint"):
+        Checkpoint.open(tmp_path / "empty")
+    (tmp_path / "empty" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"expected a file model\.safetensors"):
         Checkpoint.open(tmp_path / "empty")
 

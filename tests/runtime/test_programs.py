@@ -190,7 +190,7 @@ def test_the_exit_codes_stand_in_the_help_and_in_the_docs() -> None:
         ]
     if DOCS.is_dir():
         text = (DOCS / "api.md").read_text(encoding="utf-8")
-        for code in ("0", "1", "2", "130", "143"):
+        for code in ("0", "1", "2", "130", "141", "143"):
             assert f"\n| {code} |" in text
 
 
@@ -210,6 +210,7 @@ def test_completion_prints_a_script_for_both_programs(shell: str) -> None:
         ("knnmoe memory c", ["calibrate", "compress"]),
         ("knnmoe generate bundle --la", ["--layout"]),
         ("knnmoe generate bundle --layout f", ["fused"]),
+        ("knnmoe profile com", ["compare"]),
         ("knnmoe profile compare before.json --fa", ["--fail-above"]),
     ],
 )

@@ -111,6 +111,26 @@ def test_a_limit_below_every_sequence_cuts_one(tokenizer: Tokenizer, tmp_path: P
         read(tokenizer, tmp_path / "long.txt", max_tokens=0)
 
 
+def test_lines_of_text_from_windows_end_as_others_do(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unix.txt").write_bytes("é one\ntwo\n\nthree".encode())
+    (tmp_path / "windows.txt").write_bytes("\ufeffé one\r\ntwo\r\n\r\nthree".encode())
+    monkeypatch.setattr("knnmoe.runtime.documents.PIECE_BYTES", 11)  # between \r and \n
+    unix, windows = (read(tokenizer, tmp_path / f"{name}.txt") for name in ("unix", "windows"))
+    assert windows.sha256 == unix.sha256
+    assert windows.sequences[0].tokens.tolist() == unix.sequences[0].tokens.tolist()
+
+
+def test_a_weight_where_none_has_a_meaning_is_refused_as_one(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"FILE@0\.5, and is for"):
+        read(tokenizer, tmp_path / "a.txt@0.5")
+    with pytest.raises(InputError, match="found a directory"):
+        read(tokenizer, tmp_path)
+
+
 def test_text_that_is_not_utf8_is_refused_naming_file_and_line(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
