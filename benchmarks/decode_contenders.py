@@ -63,6 +63,7 @@ class KnnMoe(Contender):
             with tempfile.TemporaryDirectory() as folder:
                 kind = "-".join(str(number) for number in (entries, *projection.values()))
                 pack = Path(packs or folder) / kind
+                pack.parent.mkdir(parents=True, exist_ok=True)
                 if not pack.exists():
                     # By another process, whose memory is not this one's.
                     command = [sys.executable, __file__, "pack", bundle, str(entries), str(pack)]
