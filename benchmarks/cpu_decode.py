@@ -251,9 +251,9 @@ def peers(
     body, head = checkpoint_elements(checkpoint)
     try:
         importlib.metadata.version("transformers")
-        found.append(
-            Peer("transformers", "transformers", (str(checkpoint), threads), 2 * (body + head))
-        )
+        kinds = ("transformers", "transformers, compiled")
+        read = 2 * (body + head)
+        found += [Peer(kind, kind, (str(checkpoint), threads), read) for kind in kinds]
     except importlib.metadata.PackageNotFoundError:
         absent["transformers"] = "not installed"
     asked = [llama_python, "-c", "import llama_cpp, gguf"]

@@ -146,6 +146,42 @@ class Transformers(Contender):
         self.cache.crop(-1)
 
 
+class CompiledTransformers(Transformers):
+    """The same with a static cache and a decode step that torch compiles.
+
+    Experts are what transformers calls `batched_mm` in a step, because the eager loop over them
+    cannot be compiled whole, and `grouped_mm` in a prompt, of which `batched_mm` would copy the
+    weights for each token.
+    """
+
+    def __init__(self, checkpoint: str, threads: int) -> None:
+        super().__init__(checkpoint, threads)
+        from transformers import StaticCache
+
+        self.version += ", compiled"
+        self.cache = StaticCache(config=self.model.config, max_cache_len=CAPACITY)
+        self.step = self.torch.compile(self.model.forward)
+        self.position = self.torch.tensor([[CONTEXT]])
+
+    def prefill(self) -> None:
+        self.model.set_experts_implementation("grouped_mm")
+        with self.torch.inference_mode():
+            self.cache.reset()
+            self.model(self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model.set_experts_implementation("batched_mm")
+
+    def decode(self, token: int) -> None:
+        with self.torch.inference_mode():
+            self.step(
+                input_ids=self.torch.tensor([[token]]),
+                past_key_values=self.cache,
+                position_ids=self.position,
+                use_cache=True,
+            )
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(CONTEXT)
+
+
 class LlamaCpp(Contender):
     """llama.cpp through llama-cpp-python."""
 
@@ -199,7 +235,8 @@ class GenAI(Contender):
 def serve(kind: str, arguments: list[Any]) -> None:
     """Answer lines on standard input: how many tokens to decode, or `prefill`."""
     kinds = {
-        "knnmoe": KnnMoe, "transformers": Transformers, "llama.cpp": LlamaCpp,
+        "knnmoe": KnnMoe, "transformers": Transformers,
+        "transformers, compiled": CompiledTransformers, "llama.cpp": LlamaCpp,
         "onnxruntime-genai": GenAI,
     }  # fmt: skip
     reply = os.fdopen(os.dup(1), "w")
