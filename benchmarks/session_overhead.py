@@ -1,13 +1,20 @@
-"""What a session adds to its engines: a decode step minus the calls of ONNX Runtime.
+"""What a session adds to its engines: a decode step minus the engines' time in it.
 
     .venv/bin/python benchmarks/session_overhead.py
 
 The model has the demo's shape four times as wide (D = 512, random weights), made once under
-`build/`. A step is all that happens between two events of `Session.stream`. After each its engines
-run once more, bare, one call behind the other over the same buffers: that is what a step could not
-do without. The pipeline's step and the choice of the token are timed within, so that what is left
-is told apart. Figures are medians over steps, of the thread's CPU time: engines run on the same
-thread, and other work of the machine counts by what it drives out of the caches alone.
+`build/`. A step is all that happens between two events of `Session.stream`. The runs of its
+segments and gates, which follow each other, are timed inside of it. What of a step is not theirs is
+its overhead, which the bar is for. Looking at the clock counts as overhead too (some microseconds
+behind an engine, which leaves no cache warm), so what the overhead consists of, the pipeline's step
+and the choice of the token, is timed in every other step, which does not count for the overhead.
+
+After each step its engines run once more, *bare*, one call behind the other over the same buffers,
+so that what the session's own work does to their caches is seen: a step minus the bare runs is
+reported beside the overhead.
+
+Figures are medians over steps, of the thread's CPU time: engines run on the same thread, and other
+work of the machine counts by what it drives out of the caches alone.
 """
 
 from __future__ import annotations
@@ -15,7 +22,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from time import thread_time_ns
 from typing import Any
@@ -28,7 +36,9 @@ from rich.table import Table
 from versions import environment
 
 from knnmoe.runtime import MemoryPack, Model
+from knnmoe.runtime.cache import Cache
 from knnmoe.runtime.calibration import preset
+from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.generation import Writer
 from knnmoe.runtime.pack_parts import GateEntries
 from knnmoe.runtime.pack_writing import write_pack
@@ -44,12 +54,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Clock:
-    """Nanoseconds of CPU time inside something, since they were last taken."""
+    """Nanoseconds of CPU time inside something, since they were last taken, while it is on."""
 
     spent: int = 0
+    on: bool = True
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
+            if not self.on:
+                return call(*arguments, **named)
             start = thread_time_ns()
             try:
                 return call(*arguments, **named)
@@ -69,41 +82,47 @@ class Measured:
 
     Attributes:
         step: From one event to the next.
-        engines: The calls of all segments and gates, bare.
-        pipeline: The pipeline's step without them: checks, buffers.
+        engines: The runs of all segments and gates in it.
+        bare: The same runs once more, right behind each other.
+        pipeline: The pipeline's step without the engines: checks, buffers.
         choice: Of the token and its text.
         rest: The session's own loop.
         share: Of a step, that is not the engines'.
+        share_bare: Of a step, that the bare runs do not take.
     """
 
     memory: str
     choosing: str
     step: float
     engines: float
+    bare: float
     pipeline: float
     choice: float
     rest: float
     share: float
+    share_bare: float
 
 
 def measure(model: Model, name: str, choosing: str, *, steps: int, context: int) -> Measured:
     """Decode one text behind a prompt, step by step; after each its engines once more, bare."""
-    pipeline_clock, choice = Clock(), Clock()
+    engines, stepping, choice = Clock(), Clock(), Clock()
     pipeline, write = model.pipeline, Writer.next
-    pipeline.step = pipeline_clock.timed(pipeline.step)  # type: ignore[method-assign]
+    pipeline.next = stepping.timed(pipeline.next)  # type: ignore[method-assign]
     Writer.next = choice.timed(write)  # type: ignore[method-assign]
-    rows = []
+    plain: list[tuple[int, ...]] = []
+    apart: list[tuple[int, ...]] = []
     try:
         prompt = np.random.default_rng(0).integers(0, 256, context).tolist()
-        config = {**CONFIGS[choosing], "eos_token_ids": (), "max_new_tokens": steps + WARM_UP}
+        config = {**CONFIGS[choosing], "eos_token_ids": (), "max_new_tokens": 2 * steps + WARM_UP}
         session = model.session()
         events = session.stream(prompt, **config)
         next(events)
-        next(events)
-        runs = next(reversed(session._cache.plans.values())).bound.parts.runs
-        for clock in (pipeline_clock, choice):
+        next(events)  # from here on each step is of one token, bound already
+        runs = watch_engines(session._cache, engines)
+        for clock in (engines, stepping, choice):
             clock.take()
-        while True:
+        for step in count():
+            stepping.on = choice.on = bool(step % 2)
             start = thread_time_ns()
             if next(events, None) is None:
                 break
@@ -112,21 +131,42 @@ def measure(model: Model, name: str, choosing: str, *, steps: int, context: int)
             for run in runs:  # writes what is there already
                 run()
             bare = thread_time_ns() - start
-            rows.append((whole, bare, pipeline_clock.take(), choice.take()))
+            row = (whole, engines.take(), bare, stepping.take(), choice.take())
+            if step >= WARM_UP:
+                (apart if step % 2 else plain).append(row)
     finally:
         Writer.next = write  # type: ignore[method-assign]
-        del pipeline.step  # the class's own again
-    whole_us, bare_us, step_us, choice_us = np.median(np.array(rows[WARM_UP:], float), 0) / 1e3
+        del pipeline.next  # the class's own again
+    whole_us, engines_us, bare_us, *_ = np.array(plain, float).T / 1e3
+    apart_us, runs_us, _, step_us, choice_us = np.array(apart, float).T / 1e3
+    step_median = float(np.median(whole_us))
     return Measured(
         memory=name,
         choosing=choosing,
-        step=whole_us,
-        engines=bare_us,
-        pipeline=step_us - bare_us,
-        choice=choice_us,
-        rest=whole_us - step_us - choice_us,
-        share=(whole_us - bare_us) / whole_us,
+        step=step_median,
+        engines=float(np.median(engines_us)),
+        bare=float(np.median(bare_us)),
+        pipeline=float(np.median(step_us - runs_us)),
+        choice=float(np.median(choice_us)),
+        rest=float(np.median(apart_us - step_us - choice_us)),
+        share=float(np.median(whole_us - engines_us)) / step_median,
+        share_bare=float(np.median(whole_us - bare_us)) / step_median,
     )
+
+
+def watch_engines(cache: Cache, clock: Clock) -> tuple[Run, ...]:
+    """Time the runs of the step that a cache used last, from now on; they themselves, untimed."""
+    key, plan = next(reversed(cache.plans.items()))
+    parts = plan.bound.parts
+    runs: tuple[Run, ...] = parts.runs
+
+    def all_of_them() -> None:  # as a step has them; a clock for each would cost 30 us a step
+        for run in runs:
+            run()
+
+    timed = replace(parts, runs=(clock.timed(all_of_them),))
+    cache.plans[key] = replace(plan, bound=replace(plan.bound, parts=timed))
+    return runs
 
 
 def made_bundle(folder: Path) -> Path:
@@ -161,19 +201,22 @@ def random_pack(path: Path, model: Model, entries: int) -> MemoryPack:
 
 def show(found: list[Measured]) -> None:
     table = Table(title="A decode step of a session, median microseconds of CPU time")
-    for name in ("memory", "token", "step", "engines", "pipeline", "choice", "rest", "overhead"):
-        table.add_column(name, justify="left" if name in ("memory", "token") else "right")
+    for name in ("memory", "token", "step", "engines", "pipeline", "choice", "rest", "overhead",
+                 "bare", "less bare"):  # fmt: skip
+        justify: Any = "left" if name in ("memory", "token") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     for one in found:
         numbers = (one.step, one.engines, one.pipeline, one.choice, one.rest)
-        cells = (f"{number:.1f}" for number in numbers)
-        table.add_row(one.memory, one.choosing, *cells, f"{one.share:.1%}")
-    Console().print(table)
+        cells = (f"{number:.0f}" for number in numbers)
+        shares = (f"{one.share:.1%}", f"{one.bare:.0f}", f"{one.share_bare:.1%}")
+        table.add_row(one.memory, one.choosing, *cells, *shares)
+    Console(width=110).print(table)
 
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=ROOT / "build/demo-512")
 @click.option("--entries", default=1000, show_default=True, help="Of each gate's memory.")
-@click.option("--steps", default=300, show_default=True)
+@click.option("--steps", default=150, show_default=True, help="That count, and as many apart.")
 @click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the figures as JSON.")
 def main(folder: Path, entries: int, steps: int, context: int, output: Path | None) -> None:
@@ -189,7 +232,10 @@ def main(folder: Path, entries: int, steps: int, context: int, output: Path | No
     if output is not None:
         output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     worst = max(one.share for one in found)
-    click.echo(f"largest overhead {worst:.1%}, bar {BAR:.0%}")
+    beside = max(one.share_bare for one in found)
+    click.echo(
+        f"largest overhead {worst:.1%}, bar {BAR:.0%}; of a step minus bare runs {beside:.1%}"
+    )
     sys.exit(1 if worst > BAR else 0)
 
 

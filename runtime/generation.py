@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import BackendError, InputError
 from .sampling import GenerationConfig, Sampler, likeliest_tokens
-from .tokenizer import TextStream
+from .text_stream import TextStream
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 Interruption = Literal["cancelled", "deadline"]

@@ -93,32 +93,37 @@ class Meter:
             raise
         finally:
             with self._lock:
-                self._sums.update(count.sums)
+                self._sums["reused_tokens"] += count.reused_tokens
+                self._sums["new_tokens"] += count.new_tokens
+                self._sums["steps"] += count.steps
                 self._finished[count.reason] += 1
-                for kind, seconds in count.seconds.items():
-                    self._seconds[kind] += seconds
+                self._seconds["prefill"] += count.prefill_s
+                self._seconds["decode"] += count.decode_s
 
 
 class TextCount:
     """The counts of one text."""
 
     def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
-        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self.reused_tokens = self.new_tokens = self.steps = 0
+        self.prefill_s = self.decode_s = 0.0
         self.reason = "cancelled"
 
     def reused(self, tokens: int) -> None:
         """Tokens of the prompt that were not run again."""
-        self.sums["reused_tokens"] += tokens
+        self.reused_tokens += tokens
 
     def step(self, tokens: int, seconds: float) -> None:
         """A step was run."""
-        self.sums["steps"] += 1
-        self.seconds["decode" if tokens == 1 else "prefill"] += seconds
+        self.steps += 1
+        if tokens == 1:
+            self.decode_s += seconds
+        else:
+            self.prefill_s += seconds
 
     def token(self) -> None:
         """A token was chosen."""
-        self.sums["new_tokens"] += 1
+        self.new_tokens += 1
 
     def ended(self, reason: str) -> None:
         """Why the text ended."""

@@ -30,11 +30,6 @@ class _Plan:
     bound: BoundStep
 
 
-def _longest(cache: Cache) -> int:
-    """Tokens of the longest sequence."""
-    return int(cache.lengths[0] if cache.batch == 1 else cache.lengths.max())
-
-
 class Pipeline:
     """Runs steps over caches. It has no state but the layout: threads share it, each with a cache.
 
@@ -124,6 +119,31 @@ class Pipeline:
         self._run(plan, cache, counts)
         return plan.buffers.logits
 
+    def next(self, cache: Cache, token_id: int) -> NDArray[np.float32]:
+        """`step` of one token over the cache of one sequence: logits [1, V].
+
+        A number costs less than an array of one, and what of a step is no engine's is to be little.
+
+        Args:
+            cache: Of one sequence.
+            token_id: What to advance it by.
+
+        Raises:
+            InputError: As `step`.
+        """
+        layout, past = self._layout, cache.lengths.item()
+        if not (0 <= token_id < layout.architecture.vocab_size and past < cache.capacity):
+            self._check(cache, np.array([[token_id]]), None)  # says what is wrong
+        plan = self._plan(layout, cache, 1, "last", False)
+        buffers = plan.buffers
+        buffers.input_ids[0, 0] = token_id
+        buffers.lengths[0], buffers.past_lengths[0], buffers.seqlens_k[0] = 1, past, past
+        buffers.total_sequence_length[...] = past + 1
+        buffers.logit_rows[0] = 0
+        plan.bound.run()
+        cache.lengths[0] = past + 1
+        return buffers.logits
+
     def evidence(self, cache: Cache) -> NDArray[np.float32]:
         """What the gates know of the sequences so far, [G, B, 2] on the host; a copy."""
         return self.layout.evidence(cache)
@@ -205,14 +225,7 @@ class Pipeline:
                 expected=f"[{cache.batch}, S >= 1]",
                 found=list(ids.shape),
             )
-        # One token is looked at as a number: a reduction by NumPy takes some microseconds.
-        one = int(ids[0, 0]) if ids.size == 1 else None
-        in_range = (
-            0 <= one < self.vocab_size
-            if one is not None
-            else ids.min() >= 0 and ids.max() < self.vocab_size
-        )
-        if not in_range:
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise InputError(
                 "input_ids",
                 "token id outside the vocabulary",
@@ -231,7 +244,7 @@ class Pipeline:
                     expected=f"[{cache.batch}] from {least} to S, S at least once",
                     found=counts.tolist(),
                 )
-        longest = _longest(cache) + ids.shape[1]
+        longest = int(cache.lengths.max()) + ids.shape[1]
         if longest > cache.capacity:
             raise InputError(
                 "input_ids",
@@ -255,14 +268,6 @@ class Pipeline:
         plan = self._plan(layout, cache, ids.shape[1], rows, traced)
         buffers = plan.buffers
         buffers.input_ids[...] = ids
-        if cache.batch == 1:  # numbers, not arrays of one: a dozen calls of NumPy less a step
-            past, count = int(cache.lengths[0]), int(counts[0])
-            buffers.lengths[0], buffers.past_lengths[0] = count, past
-            buffers.seqlens_k[0] = past + max(count, 1) - 1
-            buffers.total_sequence_length[...] = past + ids.shape[1]
-            if rows == "last":
-                buffers.logit_rows[0] = max(count, 1) - 1
-            return plan
         buffers.lengths[...] = counts
         buffers.past_lengths[...] = cache.lengths
         # A sequence without a real token (a padded column) writes beyond its end, where the next

@@ -7,7 +7,7 @@ sampling, temperature, top-k, top-p, min-p.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .manifest import parse_object
 Logits = NDArray[np.float32]
 
 NUCLEUS_FIRST = 1024
+DRAWS = 64  # at a time
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Sampler:
         self, config: GenerationConfig, vocab_size: int, prompt_ids: Sequence[int] = ()
     ) -> None:
         self._config = config
-        self._random = np.random.default_rng(config.seed)
+        self._uniform = _uniform(config.seed)
         self._odds = np.empty(vocab_size, np.float32)
         self._said: NDArray[np.bool_] | None = None
         if config.repetition_penalty != 1.0:
@@ -199,8 +200,9 @@ class Sampler:
         Raises:
             BackendError: If the logits are not numbers.
         """
-        highest = float(logits.max())
-        if not math.isfinite(highest):
+        token_id = int(logits.argmax())
+        highest = float(logits[token_id])
+        if not math.isfinite(highest):  # where one is NaN, it is the first NaN
             raise BackendError(
                 "logits",
                 "not finite",
@@ -208,21 +210,30 @@ class Sampler:
                 found=highest,
                 fix="Check the bundle with `knnmoe-export --verify`.",
             )
-        np.exp(np.subtract(logits, highest, out=self._odds), out=self._odds)
-        normalizer = highest + math.log(float(self._odds.sum(dtype=np.float64)))
+        odds = np.subtract(logits, highest, out=self._odds)
+        normalizer = highest + math.log(np.add.reduce(np.exp(odds, out=odds)))
         scores = logits
         if self._said is not None:
             scores = penalize(logits, self._said, self._config.repetition_penalty)
-        token_id = self._draw(scores) if self._config.do_sample else int(scores.argmax())
+            token_id = int(scores.argmax())
+        if self._config.do_sample:
+            token_id = self._draw(scores, scores[token_id])
         if self._said is not None:
             self._said[token_id] = True
         return token_id, float(logits[token_id]) - normalizer
 
-    def _draw(self, scores: Logits) -> int:
-        ids, probabilities = distribution(scores, self._config)
-        steps = np.cumsum(probabilities)
-        place = int(np.searchsorted(steps, self._random.random() * steps[-1], side="right"))
+    def _draw(self, scores: Logits, highest: np.float32) -> int:
+        ids, odds = odds_of(scores, highest, self._config)
+        steps = odds.cumsum()
+        place = int(steps.searchsorted(next(self._uniform) * steps[-1], side="right"))
         return int(ids[min(place, len(ids) - 1)])
+
+
+def _uniform(seed: int | None) -> Iterator[float]:
+    """Random numbers from 0 to 1, made many at a time: one by one each costs as much as many."""
+    random = np.random.default_rng(seed)
+    while True:
+        yield from random.random(DRAWS).tolist()
 
 
 def likeliest_tokens(logits: Logits, count: int) -> tuple[tuple[int, float], ...]:
@@ -245,49 +256,58 @@ def penalize(logits: Logits, said: NDArray[np.bool_], penalty: float) -> Logits:
     return scores
 
 
-def distribution(
-    scores: Logits, config: GenerationConfig
+def odds_of(
+    scores: Logits, highest: np.float32, config: GenerationConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """What a draw chooses from: token ids [M], ascending, and their probabilities [M], Σ = 1.
+    """What a draw chooses from: token ids [M], ascending, and their odds [M].
 
-    Of tokens as likely as the k-th all are kept by top-k; top-p always keeps the most likely one.
+    The likeliest has odds of 1, those that top-p and min-p leave out have 0. Of tokens as likely as
+    the k-th top-k keeps all; top-p always keeps the likeliest one.
+
+    Args:
+        scores: [V] fp32, penalised.
+        highest: Of the scores.
+        config: The options.
     """
-    scores = scores / np.float32(config.temperature)
-    ids = np.arange(len(scores))
     if 0 < config.top_k < len(scores):
         ids = _largest(scores, config.top_k)
+        scores = scores[ids]
+    else:
+        ids = np.arange(len(scores))
+    odds = np.exp((scores - highest) / np.float32(config.temperature)).astype(np.float64)
     if config.top_p < 1:
-        ids = ids[_nucleus(scores[ids], config.top_p)]
+        beyond = 0.0
+        if len(odds) > NUCLEUS_FIRST:
+            # Sorting a whole vocabulary costs milliseconds, and the mass is nearly always in a few.
+            few = _largest(scores, NUCLEUS_FIRST)
+            total, inside = float(odds.sum()), float(odds[few].sum())
+            if inside >= config.top_p * total:
+                ids, scores, odds, beyond = ids[few], scores[few], odds[few], total - inside
+        odds[_least_likely(scores, odds, config.top_p, beyond)] = 0
     if config.min_p > 0:
-        kept = scores[ids].astype(np.float64)
-        ids = ids[np.exp(kept - kept.max()) >= config.min_p]
-    return ids, _softmax(scores[ids])
+        odds[odds < config.min_p] = 0
+    return ids, odds
 
 
 def _largest(scores: Logits, count: int) -> NDArray[np.int64]:
     """Where the `count` largest are, ascending, and all that are equal to the last of them."""
-    return np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    ranked = scores.copy()
+    ranked.partition(-count)
+    found: NDArray[np.int64] = (scores >= ranked[-count]).nonzero()[0]
+    return found
 
 
-def _nucleus(scores: Logits, mass: float) -> NDArray[np.int64]:
-    """Where the fewest most likely are that together reach `mass`, ascending; at least one."""
-    odds = np.exp(scores - scores.max())
-    total = float(odds.sum(dtype=np.float64))
-    candidates = np.arange(len(scores))
-    if len(scores) > NUCLEUS_FIRST:
-        # Sorting a whole vocabulary costs milliseconds, and the mass is nearly always in a few.
-        few = _largest(scores, NUCLEUS_FIRST)
-        if float(odds[few].sum(dtype=np.float64)) >= mass * total:
-            candidates = few
-    # Of equally likely tokens transformers drops the first ids first.
-    order = candidates[np.argsort(scores[candidates], kind="stable")[::-1]]
-    shares = odds[order].astype(np.float64) / total
-    kept = np.cumsum(shares) - shares < mass
-    kept[0] = True
-    return np.sort(order[kept])
+def _least_likely(
+    scores: Logits, odds: NDArray[np.float64], mass: float, beyond: float
+) -> NDArray[np.int64]:
+    """Where those are without which the others still reach `mass` of the odds of all.
 
-
-def _softmax(scores: Logits) -> NDArray[np.float64]:
-    odds = np.exp(scores.astype(np.float64) - scores.max())
-    probabilities: NDArray[np.float64] = odds / odds.sum()
-    return probabilities
+    Args:
+        scores, odds: [M]. One is always left.
+        mass: 0 to 1.
+        beyond: Odds of tokens that are less likely than these M, in all.
+    """
+    order = scores.argsort(kind="stable")  # of equally likely tokens the first ids go first
+    rising = odds[order].cumsum()
+    spare = (1 - mass) * (rising[-1] + beyond) - beyond
+    return order[: min(int(rising.searchsorted(spare, side="right")), len(order) - 1)]

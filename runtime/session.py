@@ -63,6 +63,9 @@ class Steps(Protocol):
     def step(self, cache: Any, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Advance the cache by ids [B, S] and return the logits [B, V] after the last of each."""
 
+    def next(self, cache: Any, token_id: int) -> NDArray[np.float32]:
+        """`step` of one token over the cache of one sequence."""
+
     def traced_step(
         self, cache: Any, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], tuple[GateRecord, ...]]:
@@ -422,7 +425,7 @@ class Session:
         return logits
 
     def _step(self, ids: list[int], call: int, count: TextCount) -> NDArray[np.float32]:
-        hooks, tokens = self._hooks, np.array([ids], np.int64)
+        hooks, pipeline = self._hooks, self._pipeline
         with self._lock:
             if call != self._call:
                 raise InputError(
@@ -433,10 +436,12 @@ class Session:
             past = len(self._ids)
             start = perf_counter()
             records: tuple[GateRecord, ...] = ()
-            if hooks.on_route is None:
-                rows = self._pipeline.step(self._cache, tokens)
+            if hooks.on_route is not None:
+                rows, records = pipeline.traced_step(self._cache, np.array([ids], np.int64))
+            elif len(ids) == 1:
+                rows = pipeline.next(self._cache, ids[0])
             else:
-                rows, records = self._pipeline.traced_step(self._cache, tokens)
+                rows = pipeline.step(self._cache, np.array([ids], np.int64))
             logits: NDArray[np.float32] = rows[-1]
             seconds = perf_counter() - start
             memory = self._cache.memory
@@ -445,7 +450,7 @@ class Session:
         if hooks.on_step is not None:
             hooks.on_step(StepRecord(past, len(ids), seconds * 1e3, memory))
         if hooks.on_route is not None:
-            hooks.on_route(tokens[0], records)
+            hooks.on_route(np.array(ids, np.int64), records)
         return logits
 
     def _room_for(self, token_id: int) -> list[int]:

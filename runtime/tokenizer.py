@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from .errors import BundleError, InputError
 from .manifest import parse_object
+from .text_stream import ByteStream, DecodingStream, TextStream, TokenBytes
 from .utf8 import check_unicode, decode_utf8
-
-BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
@@ -37,7 +37,10 @@ class Tokenizer:
             for token_id, token in backend.get_added_tokens_decoder().items()
             if token.special
         )
-        self._byte_ids = _byte_fallback_ids(backend)
+        decoder = json.loads(backend.to_str())["decoder"] or {}
+        self._byte_ids = _byte_fallback_ids(backend, decoder)
+        byte_level = decoder.get("type") == "ByteLevel"
+        self._token_bytes = TokenBytes(backend, self._special_ids) if byte_level else None
         self.bos_token_id = special.get("bos_token")
         self.eos_token_ids = (special["eos_token"],) if "eos_token" in special else ()
         self.pad_token_id = special.get("pad_token")
@@ -130,56 +133,12 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one at a time."""
-        return TextStream(self._backend, self._special_ids, self._byte_ids)
+        if self._token_bytes is not None:
+            return ByteStream(self._token_bytes)
+        return DecodingStream(self._backend, self._special_ids, self._byte_ids)
 
 
-class TextStream:
-    """Decodes tokens as they arrive and gives out whole characters only.
-
-    The pieces of `push` and `finish`, joined, are `Tokenizer.decode` of all tokens. `push` holds
-    back bytes that may yet become a character; `finish` gives out what is left.
-    """
-
-    def __init__(
-        self, backend: tokenizers.Tokenizer, special_ids: frozenset[int], byte_ids: frozenset[int]
-    ) -> None:
-        self._backend = backend
-        self._special_ids = special_ids
-        self._byte_ids = byte_ids
-        # Decoded together with what follows, because some decoders treat the first token in
-        # another way (they drop its leading space).
-        self._context: list[int] = []
-        self._context_length = 0
-        self._pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes, maybe empty."""
-        if token_id in self._special_ids:
-            return ""
-        self._pending.append(token_id)
-        if token_id in self._byte_ids:  # such a decoder judges a run of bytes as a whole
-            return ""
-        piece = self._piece()
-        if not piece or piece.endswith(BROKEN):
-            return ""
-        self._context = self._pending
-        self._context_length = len(self._backend.decode(self._context))
-        self._pending = []
-        return piece
-
-    def finish(self) -> str:
-        """What is held back; characters that stay incomplete become U+FFFD."""
-        piece = self._piece() if self._pending else ""
-        self._context, self._context_length, self._pending = [], 0, []
-        return piece
-
-    def _piece(self) -> str:
-        text: str = self._backend.decode(self._context + self._pending)
-        return text[self._context_length :]
-
-
-def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
-    decoder = json.loads(backend.to_str())["decoder"] or {}
+def _byte_fallback_ids(backend: tokenizers.Tokenizer, decoder: Mapping[str, Any]) -> frozenset[int]:
     kinds = [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
     if "ByteFallback" not in kinds:
         return frozenset()

@@ -41,6 +41,7 @@ class Watch:
 
     def reason(self) -> Interruption | None:
         """None while it may go on."""
-        if any(flag.is_set() for flag in self.flags):
-            return "cancelled"
+        for flag in self.flags:
+            if flag.is_set():
+                return "cancelled"
         return "deadline" if monotonic() >= self.end else None

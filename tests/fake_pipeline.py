@@ -55,3 +55,6 @@ class FakePipeline:
         assert cache.lengths.max() <= cache.capacity <= self.max_positions
         self.steps.append(input_ids[0].tolist())
         return self.table[input_ids[:, -1]]
+
+    def next(self, cache: FakeCache, token_id: int) -> NDArray[np.float32]:
+        return self.step(cache, np.array([[token_id]]))

@@ -96,7 +96,7 @@ def _point(
         inside = {stage: times(ms * share) for stage, share in INSIDE.items()} if entries else {}
         bound = Bound(500_000, 700, ms / 3)
         parts.append(Part(name, "gate", times(ms, name), None, inside, bound, "onnx"))
-    runtime = times(0.02)
+    runtime = times(0.02, "runtime")
     parts.append(Part("runtime", "runtime", runtime))
     whole = np.round(np.sum([part.host_ms for part in parts], axis=0), 6)
     visits = np.repeat(np.arange(rounds), STEPS_A_ROUND)

@@ -17,7 +17,7 @@ from ..errors import ProfileError, SettingError
 from ..memory import MemoryPack
 from ..run_config import RunConfig, pack_hash, used_gates
 from .record import Point, ProfileRecord
-from .resample import block_correlation, block_starts, resampled_quantiles, student_factor
+from .resample import block_correlation, block_starts, resampled_quantiles, student_factor, widening
 
 SCHEMA = "knnmoe.profile-budget/1"
 NORMAL = 1.96  # two-sided 95 %
@@ -252,10 +252,10 @@ def _size(point: Point, quantile: float, seed: int) -> Size:
         [point.whole_ms],
         point.rounds,
         quantile=quantile,
-        correlation=block_correlation([([point.whole_ms], point.rounds)]),
         seed=seed,
     )
-    reach = _reach(blocks) * float(drawn.std())
+    correlation = block_correlation([([point.whole_ms], point.rounds)])
+    reach = _reach(blocks) * float(drawn.std()) * widening(point.rounds, correlation)
     return Size(point.memory_entries, ms, ms - reach, ms + reach)
 
 

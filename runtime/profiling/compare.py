@@ -1,9 +1,10 @@
 """Two profile records side by side: which parts became slower, and how sure that is.
 
-Parts are matched by the shape of their point and by name. The figure of a part is the ratio of its
-medians (or of another quantile). Its interval holds together with those of all other parts: whole
-blocks of a run are drawn (`resample`), and on a logarithmic scale the largest deviation of any part
-says how wide all are.
+Parts are matched by the shape of their point and by name. The figure of a part is the ratio of a
+low quantile of its times, beside what all parts have in common: how fast a machine runs changes
+from one run to the next, and alike for all. Its interval holds together with those of all other
+parts: whole blocks of a run are drawn (`resample`), and on a logarithmic scale the largest
+deviation of any part says how wide all are.
 """
 
 from __future__ import annotations
@@ -19,24 +20,33 @@ from numpy.typing import NDArray
 from ..errors import ProfileError, SettingError
 from .record import Part, Point, ProfileRecord
 from .resample import (
+    TINY_MS,
     Doubles,
+    Parts,
     block_correlation,
     block_starts,
+    common,
     joint_quantile,
+    logs,
     resampled_quantiles,
     student_factor,
+    widening,
 )
 
-SCHEMA = "knnmoe.profile-comparison/1"
+SCHEMA = "knnmoe.profile-comparison/2"
 WHOLE = "whole step"
 CONFIDENCE = 0.95
 MIN_SAMPLES = 5  # fewer say nothing of others
 MIN_SHARE = 0.01
-TINY_MS = 1e-6  # a clock that did not tick
+QUANTILE = 0.1
+MIN_BESIDE = 5  # parts; of fewer one cannot tell what they have in common
+MIN_RUNS = 3  # of each side, that tell how runs differ
+UNSEEN = 0.005  # standard deviation of a part's level from run to run that no run shows in itself
 MOST = 700.0  # whose exponential is still a number
 COMPARED = ("cpu", "architecture", "cores_usable", "governor", "system", "python", "knnmoe",
             "numpy", "onnxruntime", "faiss-cpu")  # fmt: skip
 
+Mask = NDArray[np.bool_]
 Verdict = Literal["slower", "unclear", "within", "faster", "small"]
 
 
@@ -47,12 +57,15 @@ class Change:
     Attributes:
         point: The shape, in words.
         part: `segment 3`, …, or `whole step`.
-        before_ms, after_ms: The quantile compared, the median by default.
+        before_ms, after_ms: The quantile compared.
         ratio: After / before.
-        low, high: Its interval; None where there are too few samples for one.
+        beside: Ratio / what all parts have in common; of whole steps, and of parts that are judged
+            by themselves, the ratio.
+        low, high: Interval of `beside`; None where there are too few samples for one.
         verdict: `slower` if the interval is beyond the limit, `unclear` if it reaches there,
             `faster` if it is below 1, else `within`; `small` for parts that are not judged, because
-            they are less than a given share of the step.
+            they are less than a given share of the step. Whole steps of few runs are never more
+            than `unclear`.
     """
 
     point: str
@@ -60,6 +73,7 @@ class Change:
     before_ms: float
     after_ms: float
     ratio: float
+    beside: float
     low: float | None
     high: float | None
     verdict: Verdict
@@ -76,6 +90,7 @@ class Comparison:
         unmatched: Points and parts that only one record has, in words.
         differences: In what else the records differ: device, threads, bundle, …
         common: Median ratio of all parts that were judged: what hit all of them alike.
+        absolute: Whether parts were judged by themselves and not beside what they have in common.
     """
 
     limit: float
@@ -84,6 +99,7 @@ class Comparison:
     unmatched: tuple[str, ...]
     differences: tuple[str, ...]
     common: float
+    absolute: bool
 
     @property
     def slower(self) -> tuple[Change, ...]:
@@ -102,6 +118,7 @@ class Comparison:
             "limit": self.limit,
             "quantile": self.quantile,
             "common": self.common,
+            "absolute": self.absolute,
             "slower": [f"{change.point}: {change.part}" for change in self.slower],
             "unclear": [f"{change.point}: {change.part}" for change in self.unclear],
             "changes": [asdict(change) for change in self.changes],
@@ -127,13 +144,31 @@ class _Pair:
         return min(len(self.before_rounds), len(self.after_rounds)) >= MIN_SAMPLES
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """As `compare` takes them."""
+
+    limit: float
+    quantile: float
+    absolute: bool
+    runs: int
+    seed: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole steps are judged."""
+        return self.absolute or self.runs >= MIN_RUNS
+
+
 def compare(
     before: ProfileRecord,
     after: ProfileRecord,
     *,
     limit: float = 0.05,
     min_share: float = MIN_SHARE,
-    quantile: float = 0.5,
+    quantile: float = QUANTILE,
+    absolute: bool = False,
+    runs: int = 1,
     seed: int = 0,
 ) -> Comparison:
     """Compare all points that both records have.
@@ -144,6 +179,10 @@ def compare(
         min_share: Parts that are a smaller share of the step in both records are not judged.
         quantile: Of a part's times, what is compared: 0.5 is the median. A low one is less
             disturbed by other programs, which only ever add time.
+        absolute: Judge parts and whole steps by themselves, also where there is one run of each
+            side: for machines that run equally fast at all times. So it is for records of fewer
+            than five parts.
+        runs: That each side is `joined` of, the fewer. Of three and more whole steps are judged.
         seed: Of the bootstrap.
 
     Raises:
@@ -165,15 +204,18 @@ def compare(
             found=f"{_labels(before)} and {_labels(after)}",
             fix="Measure both with the same options.",
         )
-    changes = _changes(pairs, limit, min_share, quantile, seed)
-    judged = [change.ratio for change in changes if change.verdict != "small"]
+    shown = [_judged(pair, min_share) for pair in pairs]
+    absolute = absolute or sum(int(mask.sum()) for mask in shown) < MIN_BESIDE
+    settings = _Settings(limit, quantile, absolute, runs, seed)
+    shared, changes = _changes(pairs, shown, settings)
     return Comparison(
         limit=limit,
         quantile=quantile,
         changes=tuple(changes),
         unmatched=tuple(unmatched),
         differences=tuple(_differences(before, after)),
-        common=float(np.median(judged)) if judged else 1.0,
+        common=shared,
+        absolute=absolute,
     )
 
 
@@ -268,62 +310,109 @@ def _series(point: Point) -> dict[str, tuple[float, ...]]:
 
 
 def _changes(
-    pairs: Sequence[_Pair], limit: float, min_share: float, quantile: float, seed: int
-) -> list[Change]:
-    alike = (
-        block_correlation([(pair.before, pair.before_rounds) for pair in pairs]),
-        block_correlation([(pair.after, pair.after_rounds) for pair in pairs]),
-    )
-    deviations, judged = [], []
-    for number, pair in enumerate(pairs):
-        drawn = _drawn(pair, alike, quantile, seed + number)
-        deviations.append(drawn - drawn.mean(axis=0))
-        if pair.enough:
-            judged.append(deviations[-1][:, _share(pair) >= min_share])
-    together = np.concatenate(judged, axis=1) if judged else np.zeros((1, 0))
-    joint = joint_quantile(together, together.std(axis=0), CONFIDENCE)
-    return [
-        change
-        for pair, moved in zip(pairs, deviations, strict=True)
-        for change in _of_pair(pair, joint * moved.std(axis=0), joint, limit, min_share, quantile)
+    pairs: Sequence[_Pair], shown: Sequence[Mask], settings: _Settings
+) -> tuple[float, list[Change]]:
+    """What all parts that are `shown`, and no others, have in common; the change of each part."""
+    ratios = [_levels(pair.after, settings) - _levels(pair.before, settings) for pair in pairs]
+    shared = common(_of_all(ratios, shown))
+    sides = [
+        _moves([(pair.before, pair.before_rounds) for pair in pairs], shown, settings, 0),
+        _moves([(pair.after, pair.after_rounds) for pair in pairs], shown, settings, 1),
     ]
+    random = np.random.default_rng(settings.seed)
+    unseen = UNSEEN * math.sqrt(2 / settings.runs)
+    moved = [
+        after - before + random.normal(0, unseen, before.shape)
+        for before, after in zip(*sides, strict=True)
+    ]
+    enough = [mask & pair.enough for mask, pair in zip(shown, pairs, strict=True)]
+    together = _of_all(moved, enough)
+    joint = joint_quantile(together, together.std(axis=0), CONFIDENCE)
+    changes = [
+        change
+        for pair, mask, ratio, moves in zip(pairs, shown, ratios, moved, strict=True)
+        for change in _of_pair(
+            pair, mask, ratio, float(shared[0]), joint * moves.std(axis=0), joint, settings
+        )
+    ]
+    return math.exp(shared[0]), changes
 
 
 def _of_pair(
-    pair: _Pair, spread: Doubles, joint: float, limit: float, min_share: float, quantile: float
-) -> Iterator[Change]:
-    reach = spread * student_factor(joint, max(_degrees(pair), 1))
-    small = _share(pair) < min_share
+    pair: _Pair, shown: Mask, ratios: Doubles, shared: float, spread: Doubles, joint: float,
+    settings: _Settings,
+) -> Iterator[Change]:  # fmt: skip
+    reach = np.minimum(spread * student_factor(joint, max(_degrees(pair), 1)), MOST)
+    before, after = (np.exp(_levels(side, settings)) for side in (pair.before, pair.after))
     for number, name in enumerate(pair.names):
-        before, after = (
-            float(np.quantile(side[number], quantile)) for side in (pair.before, pair.after)
-        )
-        ratio = max(after, TINY_MS) / max(before, TINY_MS)
-        low = ratio * math.exp(-reach[number]) if pair.enough else None
-        high = ratio * math.exp(min(reach[number], MOST)) if pair.enough else None
-        verdict = "small" if small[number] else _verdict(low, high, limit)
-        yield Change(pair.label, name, before, after, ratio, low, high, verdict)
+        whole = number == 0
+        beside = ratios[number] if whole or settings.absolute else ratios[number] - shared
+        low = math.exp(beside - reach[number]) if pair.enough else None
+        high = math.exp(beside + reach[number]) if pair.enough else None
+        verdict = _verdict(low, high, settings.limit)
+        if whole and not settings.whole:
+            verdict = "within" if verdict in ("within", "faster") else "unclear"
+        elif not whole and not shown[number]:
+            verdict = "small"
+        yield Change(
+            pair.label, name, float(before[number]), float(after[number]),
+            math.exp(ratios[number]), math.exp(beside), low, high, verdict,
+        )  # fmt: skip
 
 
-def _drawn(pair: _Pair, alike: tuple[float, float], quantile: float, seed: int) -> Doubles:
-    """Logarithms of the ratio in resampled pairs of runs [draws, parts]."""
-    before, after = (
-        resampled_quantiles(
-            parts, rounds, quantile=quantile, correlation=correlation, seed=2 * seed + side
-        )
-        for side, (parts, rounds, correlation) in enumerate(
-            (
-                (pair.before, pair.before_rounds, alike[0]),
-                (pair.after, pair.after_rounds, alike[1]),
+def _levels(parts: Parts, settings: _Settings) -> Doubles:
+    """Logarithms of what is compared [parts]."""
+    return logs(np.quantile(np.asarray(parts, np.float64), settings.quantile, axis=1))
+
+
+def _moves(
+    runs: Sequence[tuple[Parts, Sequence[int]]],
+    shown: Sequence[Mask],
+    settings: _Settings,
+    side: int,
+) -> list[Doubles]:
+    """How far resampled runs of one side are off, by point: logarithms [draws, parts].
+
+    All points take turns, so the same blocks of each are drawn. What the parts have in common in a
+    draw is taken away from each, but not from whole steps.
+    """
+    found = []
+    for parts, rounds in runs:
+        drawn = logs(
+            resampled_quantiles(
+                parts, rounds, quantile=settings.quantile, seed=2 * settings.seed + side
             )
         )
-    )
-    found: Doubles = np.log(np.maximum(after, TINY_MS) / np.maximum(before, TINY_MS))
+        found.append(drawn - drawn.mean(axis=0))
+    alike = block_correlation(runs, quantile=settings.quantile)
+    factors = np.array([widening(rounds, alike) for _, rounds in runs])
+    if settings.absolute:
+        return [moves * factor for moves, factor in zip(found, factors, strict=True)]
+    shared = common(_of_all(found, shown))
+    beside = block_correlation(runs, quantile=settings.quantile, beside=True)
+    for (_, rounds), moves, factor in zip(runs, found, factors, strict=True):
+        moves[:, 0] *= factor
+        moves[:, 1:] = (moves[:, 1:] - shared) * widening(rounds, beside)
     return found
+
+
+def _of_all(values: Sequence[Doubles], shown: Sequence[Mask]) -> Doubles:
+    """Those of all points side by side: [..., parts shown], or one zero if there are none."""
+    chosen = np.concatenate(
+        [of[..., mask] for of, mask in zip(values, shown, strict=True)], axis=-1
+    )
+    return chosen if chosen.shape[-1] else np.zeros((*chosen.shape[:-1], 1))
 
 
 def _degrees(pair: _Pair) -> int:
     return len(block_starts(pair.before_rounds)) + len(block_starts(pair.after_rounds)) - 2
+
+
+def _judged(pair: _Pair, min_share: float) -> Mask:
+    """Which parts are no whole steps, and not too small [parts]."""
+    mask: Mask = _share(pair) >= min_share
+    mask[0] = False
+    return mask
 
 
 def _share(pair: _Pair) -> NDArray[np.float64]:

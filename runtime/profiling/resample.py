@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 BLOCKS = 12  # of a run; as long as they can be, so that they hold what drifts slowly
 MIN_ROUNDS = 6  # of fewer rounds, blocks of steps are drawn
 MOST_ALIKE = 0.9
+SEVERAL = 5
+TINY_MS = 1e-6  # a clock that did not tick
 
 Doubles = NDArray[np.float64]
 Parts = Sequence[Sequence[float]]
@@ -38,14 +40,21 @@ def block_starts(rounds: Sequence[int]) -> NDArray[np.int64]:
     return chosen
 
 
-def block_correlation(runs: Sequence[tuple[Parts, Sequence[int]]]) -> float:
-    """How much the medians of neighbouring blocks are alike, 0 to 0.9: drift that outlasts a block.
+def block_correlation(
+    runs: Sequence[tuple[Parts, Sequence[int]]],
+    *,
+    quantile: float = 0.5,
+    beside: bool = False,
+) -> float:
+    """How much a quantile of neighbouring blocks is alike, 0 to 0.9: drift that outlasts a block.
 
     The mean over all parts. A short series seems less correlated than it is, by about (1 + 4ρ) / B
     (Kendall, Note on bias in the estimation of autocorrelation, 1954), which is put back.
 
     Args:
         runs: Samples of the parts of each point of a record, and the rounds of its steps.
+        quantile: 0.5 is the median.
+        beside: Take away what the parts of a point have in common (`common`), if it has several.
     """
     found = []
     for parts, rounds in runs:
@@ -53,14 +62,29 @@ def block_correlation(runs: Sequence[tuple[Parts, Sequence[int]]]) -> float:
         count = len(starts)
         if count < MIN_ROUNDS:
             continue
-        for part in parts:
-            blocks = np.split(np.asarray(part, np.float64), starts[1:])
-            medians = np.array([np.median(block) for block in blocks])
-            medians -= medians.mean()
-            if (power := float(medians @ medians)) > 0:
-                seen = float(medians[1:] @ medians[:-1]) / power
+        blocks = np.split(np.asarray(parts, np.float64), starts[1:], axis=1)
+        levels = logs(np.array([np.quantile(block, quantile, axis=1) for block in blocks]))
+        levels -= levels.mean(axis=0)
+        if beside and len(parts) >= SEVERAL:
+            levels -= common(levels)
+            levels -= levels.mean(axis=0)
+        for level in levels.T:
+            if (power := float(level @ level)) > 0:
+                seen = float(level[1:] @ level[:-1]) / power
                 found.append((seen + 1 / count) / (1 - 4 / count))
     return min(max(float(np.mean(found)), 0.0), MOST_ALIKE) if found else 0.0
+
+
+def logs(milliseconds: Doubles) -> Doubles:
+    """Logarithms; of what a clock did not see tick, that of a nanosecond."""
+    found: Doubles = np.log(np.maximum(milliseconds, TINY_MS))
+    return found
+
+
+def common(levels: Doubles) -> Doubles:
+    """What parts have in common: the median of their logarithms [..., parts], [..., 1]."""
+    found: Doubles = np.median(levels, axis=-1, keepdims=True)
+    return found
 
 
 def resampled_quantiles(
@@ -68,21 +92,17 @@ def resampled_quantiles(
     rounds: Sequence[int],
     *,
     quantile: float = 0.5,
-    correlation: float = 0.0,
     draws: int = 1000,
     seed: int = 0,
 ) -> Doubles:
     """A quantile of each part in resampled runs [draws, parts].
 
-    The spread is that of a run like this one. It is widened by √(B / (B - 1)), which drawing from
-    B blocks instead of from all that could be takes away, and by √((1 + ρ) / (1 - ρ)) where blocks
-    resemble the ones before them, with correlation ρ.
+    The spread is that of a run like this one, but for what `widening` says.
 
     Args:
         parts: Samples [n] of each part of the same n steps, which are drawn together.
         rounds: [n], the round of each step.
         quantile: 0.5 is the median.
-        correlation: ρ, from `block_correlation`.
         draws: Resampled runs.
         seed: Of the draws.
     """
@@ -101,10 +121,21 @@ def resampled_quantiles(
         second = np.minimum((ranks <= wanted).sum(axis=0), steps - 1)
         ranked = samples[order]
         found[:, number] = (ranked[first] + ranked[second]) / 2
-    middle = found.mean(axis=0)
-    factor = math.sqrt(count / max(count - 1, 1) * (1 + correlation) / (1 - correlation))
-    widened: Doubles = middle + (found - middle) * factor
-    return widened
+    return found
+
+
+def widening(rounds: Sequence[int], correlation: float) -> float:
+    """By what the spread of resampled runs is multiplied.
+
+    √(B / (B - 1)), which drawing from B blocks instead of from all that could be takes away, and
+    √((1 + ρ) / (1 - ρ)) where blocks resemble the ones before them.
+
+    Args:
+        rounds: [n], the round of each step.
+        correlation: ρ, from `block_correlation`.
+    """
+    count = len(block_starts(rounds))
+    return math.sqrt(count / max(count - 1, 1) * (1 + correlation) / (1 - correlation))
 
 
 def student_factor(normal: float, degrees: int) -> float:

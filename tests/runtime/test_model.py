@@ -100,6 +100,28 @@ def test_steps_of_any_length_give_the_logits_of_one_call(routed: Model) -> None:
         np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-4)
 
 
+def test_a_token_given_as_a_number_is_a_step_of_one(routed: Model) -> None:
+    pipeline = routed.pipeline
+    one, other = pipeline.new_cache(capacity=20), pipeline.new_cache(capacity=20)
+    for tokens in (IDS[:5], IDS[5:6], IDS[6:7], IDS[7:10], IDS[10:11]):
+        expected = pipeline.step(other, tokens[None])
+        if len(tokens) == 1:
+            found = pipeline.next(one, int(tokens[0]))
+        else:
+            found = pipeline.step(one, tokens[None])
+        assert found.tobytes() == expected.tobytes()
+        assert one.lengths.tolist() == other.lengths.tolist()
+        assert np.array_equal(pipeline.evidence(one), pipeline.evidence(other))
+    with pytest.raises(InputError, match=r"vocabulary.* found 300 to 300"):
+        pipeline.next(one, 300)
+    full = pipeline.new_cache(capacity=1)
+    pipeline.next(full, 1)
+    with pytest.raises(InputError, match="outgrows its context"):
+        pipeline.next(full, 1)
+    assert one.lengths.tolist() == [11]
+    assert full.lengths.tolist() == [1]
+
+
 def test_sequences_of_a_batch_do_not_see_each_other_nor_their_padding(routed: Model) -> None:
     lengths = np.array([20, 13, 1])
     ids = np.full((3, 20), 5)

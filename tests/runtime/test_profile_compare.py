@@ -18,6 +18,7 @@ from knnmoe.runtime.profiling.resample import (
     joint_quantile,
     resampled_quantiles,
     student_factor,
+    widening,
 )
 from profiles import synthetic_record
 
@@ -133,20 +134,55 @@ def test_numbers_out_of_range_are_refused(numbers: dict[str, float]) -> None:
 
 
 def test_runs_that_differ_from_each_other_are_no_evidence_of_a_slowdown() -> None:
-    """Runs of one program are 0 to 30 % slower than each other, on both sides."""
+    """Runs of one program are 0 to 30 % slower than each other, on both sides: in all parts."""
 
     def run(seed: int) -> ProfileRecord:
         slow = 1 + 0.15 * (seed % 3)
         return synthetic_record(seed=seed, rounds=6, slower=dict.fromkeys(PARTS, slow))
 
     one, other = run(0), run(1)
-    assert compare(one, other).slower
+    alike = compare(one, other)
+    assert alike.slower == ()
+    assert alike.common == pytest.approx(1.15, abs=0.02)
+    assert verdicts(alike, WHOLE) == {"unclear"}
+    assert compare(one, other, absolute=True).slower
     before, after = joined([run(seed) for seed in range(3, 9)]), joined(
         [run(seed) for seed in range(9, 15)]
     )  # fmt: skip
     assert [len(point.rounds) for point in before.points] == [6 * 6 * 5] * 6
     assert len(set(before.points[0].rounds)) == 36
-    assert compare(before, after).slower == ()
+    assert compare(before, after, runs=6).slower == ()
+
+
+def test_a_slow_part_is_found_where_the_machine_is_slower_too() -> None:
+    for machine in (0.8, 1.3):
+        slower = dict.fromkeys([*PARTS, "runtime"], machine) | {"segment 1": 1.1 * machine}
+        found = compare(synthetic_record(), synthetic_record(seed=1, slower=slower), limit=0.03)
+        assert {change.part for change in found.slower} == {"segment 1"}
+        changes = [change for change in found.changes if change.part == "segment 1"]
+        assert [c.beside for c in changes] == pytest.approx([1.1] * 6, abs=0.03)
+        assert [c.ratio for c in changes] == pytest.approx([1.1 * machine] * 6, abs=0.03)
+
+
+def test_what_is_slower_in_every_part_is_found_by_several_runs_of_each_side() -> None:
+    def side(seed: int, slow: float) -> ProfileRecord:
+        slower = dict.fromkeys(PARTS, slow)
+        return joined([synthetic_record(seed=seed + n, slower=slower) for n in range(3)])
+
+    before, after = side(10, 1.0), side(20, 1.2)
+    assert verdicts(compare(before, after), WHOLE) == {"unclear"}
+    found = compare(before, after, runs=3)
+    assert {change.part for change in found.slower} == {WHOLE}
+
+
+def test_of_few_parts_each_is_judged_by_itself() -> None:
+    def only(record: ProfileRecord) -> ProfileRecord:
+        point = next(point for point in record.points if point.phase == "decode")
+        return replace(record, points=(replace(point, parts=point.parts[:3]),))
+
+    found = compare(only(synthetic_record()), only(changed(part="segment 0", factor=1.3)))
+    assert found.absolute
+    assert "segment 0" in {change.part for change in found.slower}
 
 
 def test_runs_of_different_threads_are_not_joined() -> None:
@@ -202,10 +238,12 @@ def test_drift_that_outlasts_a_block_widens_the_spread() -> None:
     assert alike[0] < 0.2
     assert alike[1] > 0.6
     spread = [
-        resampled_quantiles(parts, [0] * 240, correlation=correlation).std(axis=0).mean()
+        resampled_quantiles(parts, [0] * 240).std(axis=0).mean() * widening([0] * 240, correlation)
         for parts, correlation in zip((still, drifting), alike, strict=True)
     ]
     assert spread[1] > 4 * spread[0]
+    # What all parts have in common says nothing about one of them beside the others.
+    assert block_correlation([(drifting, [0] * 240)], beside=True) < 0.2
 
 
 def test_many_parts_ask_for_a_wider_interval_than_one_unless_they_move_together() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from knnmoe.runtime.errors import BackendError, SettingError
-from knnmoe.runtime.sampling import GenerationConfig, Sampler, distribution, penalize
+from knnmoe.runtime.sampling import DRAWS, GenerationConfig, Sampler, odds_of, penalize
 
 VOCAB = 200
 
@@ -20,9 +20,10 @@ def some_logits(seed: int, *, coarse: bool = False) -> np.ndarray[Any, np.dtype[
 
 
 def dense(scores: np.ndarray[Any, Any], config: GenerationConfig) -> np.ndarray[Any, Any]:
-    ids, probabilities = distribution(scores, config)
+    """The distribution [V] that is drawn from."""
+    ids, odds = odds_of(scores, scores.max(), config)
     row = np.zeros(len(scores))
-    row[ids] = probabilities
+    row[ids] = odds / odds.sum()
     return row
 
 
@@ -81,7 +82,7 @@ def test_top_p_over_a_large_vocabulary_keeps_the_fewest_that_reach_it(
     top_p: float, spread: float
 ) -> None:
     logits = np.random.default_rng(2).normal(0, spread, 5000).astype(np.float32)
-    ids, _ = distribution(logits, GenerationConfig(top_k=0, top_p=top_p))
+    (ids,) = np.nonzero(dense(logits, GenerationConfig(top_k=0, top_p=top_p)))
     wide = np.exp(logits.astype(np.float64) - logits.max())
     wide /= wide.sum()
     mass = wide[ids].sum()
@@ -91,11 +92,8 @@ def test_top_p_over_a_large_vocabulary_keeps_the_fewest_that_reach_it(
 
 
 def test_top_k_keeps_all_that_are_as_likely_as_the_last() -> None:
-    ids, probabilities = distribution(
-        np.array([1, 3, 2, 2, 0], np.float32), GenerationConfig(top_k=2)
-    )
-    assert ids.tolist() == [1, 2, 3]
-    assert probabilities.sum() == pytest.approx(1)
+    drawn_from = dense(np.array([1, 3, 2, 2, 0], np.float32), GenerationConfig(top_k=2))
+    assert np.flatnonzero(drawn_from).tolist() == [1, 2, 3]
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
@@ -135,18 +133,51 @@ def test_a_seed_fixes_the_draws() -> None:
     assert draws(None) != draws(None)
 
 
+def plain_distribution(logits: Any, config: GenerationConfig) -> np.ndarray[Any, Any]:
+    """As the options are defined, over the whole vocabulary."""
+    scores = logits.astype(np.float64) / config.temperature
+    if config.top_k:
+        scores[scores < np.sort(scores)[-config.top_k]] = -np.inf
+    row = np.exp(scores - scores.max())
+    row /= row.sum()
+    order = np.argsort(row, kind="stable")[::-1]
+    before = np.cumsum(row[order]) - row[order]
+    row[order[1:][before[1:] >= config.top_p]] = 0
+    row[row < config.min_p * row.max()] = 0
+    return row / row.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.8, "top_p": 0.95}, {"top_k": 0, "top_p": 0.7}, {"min_p": 0.1}],
+    ids=str,
+)
+def test_a_seed_draws_one_number_a_token_and_looks_it_up_in_the_order_of_ids(
+    options: dict[str, Any],
+) -> None:
+    config = GenerationConfig(do_sample=True, seed=5, **options)
+    sampler, random = Sampler(config, 2000), np.random.default_rng(5)
+    many = np.random.default_rng(1).normal(0, 3, (3 * DRAWS, 2000)).astype(np.float32)
+    for logits in many:
+        steps = np.cumsum(plain_distribution(logits, config))
+        expected = np.searchsorted(steps, random.random() * steps[-1], side="right")
+        assert sampler.choose(logits)[0] == expected
+
+
 def test_the_repetition_penalty_counts_prompt_and_text_also_when_greedy() -> None:
     logits = np.array([4, 3, 2.5, -1], np.float32)
     sampler = Sampler(GenerationConfig(repetition_penalty=2.0), 4, [0])
     assert [sampler.choose(logits)[0] for _ in range(3)] == [1, 2, 0]
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_logits_that_are_not_numbers_are_an_error(number: float) -> None:
+def test_logits_that_are_not_numbers_are_an_error(number: float, do_sample: bool) -> None:
     logits = some_logits(0)
     logits[17] = number
-    with pytest.raises(BackendError, match="logits: not finite"):
-        Sampler(GenerationConfig(), VOCAB).choose(logits)
+    for wrong in (logits, np.full(VOCAB, -math.inf, np.float32)):
+        with pytest.raises(BackendError, match="logits: not finite"):
+            Sampler(GenerationConfig(do_sample=do_sample), VOCAB).choose(wrong)
 
 
 def test_choosing_leaves_the_logits_alone() -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnmoe.runtime.errors import BundleError, InputError
-from knnmoe.runtime.tokenizer import BROKEN, Tokenizer
+from knnmoe.runtime.text_stream import BROKEN, CONTEXT, ByteStream, DecodingStream
+from knnmoe.runtime.tokenizer import Tokenizer
 from tiny import write_tiny_tokenizer
 
 
@@ -78,7 +79,40 @@ def test_streamed_characters_arrive_whole_and_at_once(by_bytes: Tokenizer, text:
 def test_streamed_pieces_of_any_bytes_join_to_the_decoded_whole(
     by_bytes: Tokenizer, token_ids: list[int]
 ) -> None:
+    assert isinstance(by_bytes.stream(), ByteStream)
     assert "".join(pieces_of(by_bytes, token_ids)) == by_bytes.decode(token_ids)
+
+
+def test_added_tokens_are_streamed_as_they_are_written(directory: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_tokens(["<think>", "two words", "Ġé", "你好"])
+    tokenizer = Tokenizer(backend)
+    ids = [backend.token_to_id(token) for token in ("<think>", "two words", "Ġé", "你好")]
+    text = tokenizer.encode("aé")
+    for token_ids in (ids, [*text, *ids, *text], [*text[:-1], *ids], [*ids, 5000, *ids]):
+        assert "".join(pieces_of(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+
+@given(text=st.text(st.sampled_from("aé\u4f60 "), min_size=1))
+def test_a_stream_that_decodes_again_gives_the_same_text(by_bytes: Tokenizer, text: str) -> None:
+    ids = by_bytes.encode(text)
+    stream = DecodingStream(by_bytes._backend, frozenset(), frozenset())
+    assert "".join([*(stream.push(token_id) for token_id in ids), stream.finish()]) == text
+
+
+def test_a_long_text_is_decoded_again_in_short_pieces(by_fallback: Tokenizer) -> None:
+    decoded: list[int] = []
+
+    class Counting:
+        def decode(self, ids: list[int]) -> str:
+            decoded.append(len(ids))
+            return by_fallback.decode(ids)
+
+    stream = DecodingStream(Counting(), frozenset(), frozenset())  # type: ignore[arg-type]
+    ids = [6, 4, 5, 8] * 50
+    assert "".join(map(stream.push, ids)) == by_fallback.decode(ids)
+    assert max(decoded) <= CONTEXT + 1
+    assert len(decoded) < 1.2 * len(ids)
 
 
 CHARACTERS = [[9 + byte for byte in character.encode()] for character in "aé你😀"]
