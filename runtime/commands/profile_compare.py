@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\b
 Example:
-  knnmoe profile bundle --memory pack --output before.json
-  knnmoe profile bundle --memory pack --output after.json  # with what changed
+  knnmoe profile bundle --memory pack --steps 1000 --output before.json
+  # what is to be compared changes
+  knnmoe profile bundle --memory pack --steps 1000 --output after.json
   knnmoe profile compare before.json after.json --fail-above 5%
 """
 
@@ -48,9 +49,14 @@ Example:
     "--quantile",
     metavar="PERCENT",
     callback=percent,
-    default="50%",
+    default="10%",
     show_default=True,
-    help="Of a part's times, what is compared; 10% is less disturbed by other programs.",
+    help="Of a part's times, what is compared; 50% is the median, which other programs disturb.",
+)
+@click.option(
+    "--absolute",
+    is_flag=True,
+    help="Judge each part, and whole steps, by themselves: nothing else runs on the machine.",
 )
 @click.option(
     "--also-before",
@@ -74,6 +80,7 @@ def compare(
     limit: float,
     min_share: float,
     quantile: float,
+    absolute: bool,
     also_before: tuple[Path, ...],
     also_after: tuple[Path, ...],
     everything: bool,
@@ -81,12 +88,13 @@ def compare(
 ) -> None:
     """Compare two records of `knnmoe profile --output`, part by part.
 
-    A part's figure is the ratio of its medians. The 95 % intervals hold for all parts together,
-    from blocks of each run, so they allow for drift and for many parts being looked at. What only
-    differs from run to run they cannot know of one run: take several, in turn, where a machine has
-    other work. A part is slower if its whole interval lies beyond the limit. Exit code 1: a part
-    is slower (or a record cannot be read); parts whose interval is too wide to tell are named and
-    do not fail.
+    A part's figure is the ratio of a low quantile of its times, beside what all parts have in
+    common, since how fast a machine runs changes from run to run, and alike for all. The 95 %
+    intervals hold for all parts together, from blocks of each run. A part is slower if its whole
+    interval lies beyond the limit. What made all parts slower is told from a slower machine only
+    by three runs and more of each side, taken in turn, or if you vouch for it with --absolute.
+    Exit code 1: something is slower (or a record cannot be read); what cannot be told is named
+    and does not fail.
     """
     with outcome(as_json) as result:
         from ..profiling.compare import compare as compared
@@ -97,7 +105,14 @@ def compare(
             joined([read_record(path) for path in (first, *others)])
             for first, others in ((before, also_before), (after, also_after))
         ]
-        found = compared(*sides, limit=limit, min_share=min_share, quantile=quantile)
+        found = compared(
+            *sides,
+            limit=limit,
+            min_share=min_share,
+            quantile=quantile,
+            absolute=absolute,
+            runs=1 + min(len(also_before), len(also_after)),
+        )
         result(found.to_json(), lambda: _show(found, everything))
     if found.slower:
         sys.exit(1)
@@ -107,13 +122,19 @@ def _show(found: Comparison, everything: bool) -> None:
     console = output()
     console.print(_table(found, everything))
     if not everything:
-        console.print("Whole steps, and parts that changed or cannot be told; --all prints all.")
+        console.print(
+            "Whole steps (by themselves), and parts that changed or cannot be told; --all prints "
+            "all."
+        )
     console.print(
         f"All parts together: ×{found.common:.3f} (median). {len(found.slower)} slower than "
         f"{found.limit:.1%}, {len(found.unclear)} cannot be told."
     )
     if abs(found.common - 1) > found.limit:
-        print_note("all parts changed alike: was the machine in the same state?")
+        print_note(
+            "all parts changed alike: was the machine in the same state? Give several runs of each "
+            "side, taken in turn, with --also-before and --also-after"
+        )
     for difference in found.differences:
         print_note(f"the records differ in {difference}")
     for point in found.unmatched:
@@ -131,11 +152,12 @@ def _table(found: Comparison, everything: bool) -> Table:
     from ..profiling.compare import WHOLE
 
     quantile = "Medians" if found.quantile == 0.5 else f"{found.quantile:.0%} quantiles"
-    title = f"{quantile}, ms, and their ratio (95 % interval, all parts together)"
+    judged = "by itself" if found.absolute else "beside all parts"
+    title = f"{quantile}, ms, their change, and that {judged} (95 % interval, all parts together)"
     table = Table(title=title, title_justify="left")
     for name in ("point", "part"):
         table.add_column(name)
-    for name in ("before", "after", "change"):
+    for name in ("before", "after", "change", judged):
         table.add_column(name, justify="right")
     table.add_column("")
     last = None
@@ -148,6 +170,7 @@ def _table(found: Comparison, everything: bool) -> Table:
             change.part,
             f"{change.before_ms:.3f}",
             f"{change.after_ms:.3f}",
+            f"{change.ratio - 1:+.1%}",
             in_words(change),
             change.verdict if change.verdict != "within" else "",
             style=_COLOURS.get(change.verdict),
@@ -157,9 +180,9 @@ def _table(found: Comparison, everything: bool) -> Table:
 
 
 def in_words(change: Change) -> str:
-    """A change in percent with its interval: `+10.2% [+7.9, +12.4]`."""
+    """What is judged, in percent, with its interval: `+10.2% [+7.9, +12.4]`."""
     if change.low is None or change.high is None:
-        return f"{change.ratio - 1:+.1%} [too few samples]"
+        return f"{change.beside - 1:+.1%} [too few samples]"
     return (
-        f"{change.ratio - 1:+.1%} [{100 * (change.low - 1):+.1f}, {100 * (change.high - 1):+.1f}]"
+        f"{change.beside - 1:+.1%} [{100 * (change.low - 1):+.1f}, {100 * (change.high - 1):+.1f}]"
     )
