@@ -5,8 +5,10 @@
 1. The demo's memory in several forms, and one of made-up entries for a model of 2048 dimensions:
    what `knnmoe memory compress --budget` predicts of a decode step, and what the step takes. One
    thread; the times are the processor's, so that other work on the machine counts less.
-2. `--budget 25%` of the demo's memory, chosen on validation text; what the pack that it writes
-   keeps of the gain on test text, which chose nothing.
+2. `--budget 25%` of the demo's memories (that of Finnish: `examples/demo/demo.py --domain finnish`;
+   `--domains scripture` does without), chosen on validation text; what the packs that it writes
+   keep of the gain on test text, which chose nothing. The share is of two gains of the same tokens,
+   its interval drawn by document.
 
 Writes the figures to benchmarks/results/compress_front.json.
 """
@@ -28,9 +30,10 @@ from rich.table import Table
 from versions import environment
 
 from knnmoe.calibration.budget import Budget, compress_to_budget
+from knnmoe.calibration.budget_report import BudgetReport
 from knnmoe.calibration.budget_search import BudgetSettings
 from knnmoe.calibration.compress import compress_pack
-from knnmoe.calibration.confidence import interval_of
+from knnmoe.calibration.confidence import Interval, interval_of
 from knnmoe.calibration.costs import clock_of, decode_step, measure_costs, turn_by_turn
 from knnmoe.calibration.recipes import Recipe
 from knnmoe.export.exporter import export
@@ -41,6 +44,7 @@ from knnmoe.runtime.model import Model
 from knnmoe.runtime.pack_parts import GateEntries
 from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.pipeline import Pipeline
+from knnmoe.runtime.statistics import drawn_units, paired_share
 from knnmoe.runtime.texts import TokenText, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,10 +73,13 @@ WIDE_MODEL = {"intermediate_size": 64, "vocab_size": 512, "num_hidden_layers": 2
 @click.option("--demo", type=click.Path(path_type=Path, exists=True), default=DEMO)
 @click.option("--json", "target", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--parts", default="times,wide,quarter", show_default=True)
+@click.option("--domains", default="scripture,finnish", show_default=True)
 @click.option("--tokens", default=6000, show_default=True, help="Of validation text.")
 @click.option("--test-tokens", default=12_000, show_default=True)
 @click.option("--entries", default=8000, show_default=True, help="Of a gate of the wide model.")
-def main(demo: Path, target: Path, parts: str, tokens: int, test_tokens: int, entries: int) -> None:
+def main(
+    demo: Path, target: Path, parts: str, domains: str, tokens: int, test_tokens: int, entries: int
+) -> None:
     """Print the tables and write them as JSON."""
     console = Console(width=120, highlight=False)
     report: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
@@ -87,7 +94,9 @@ def main(demo: Path, target: Path, parts: str, tokens: int, test_tokens: int, en
                 model, pack = wide(Path(folder), entries)
                 report["wide"] = times(console, "D 2048", model, pack, WIDE, Path(folder))
             else:
-                report["quarter"] = quarter(console, demo, tokens, test_tokens, Path(folder))
+                for domain in domains.split(","):
+                    found = quarter(console, demo, domain, tokens, test_tokens, Path(folder))
+                    report.setdefault("quarter", {})[domain] = found
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -179,60 +188,75 @@ def wide(folder: Path, entries: int) -> tuple[Model, MemoryPack]:
 
 
 def quarter(
-    console: Console, demo: Path, tokens: int, test_tokens: int, folder: Path
+    console: Console, demo: Path, domain: str, tokens: int, test_tokens: int, folder: Path
 ) -> dict[str, Any]:
     """What `--budget 25%` chooses, and what that keeps on test text."""
-    texts = {name: demo / "texts" / name for name in ("scripture", "general")}
-    costs = folder / "costs.json"
+    texts = {name: demo / "texts" / name for name in (domain, "general")}
+    memory, small = demo / f"memory-{domain}", folder / domain
     report = compress_to_budget(
-        demo / "memory-scripture", folder / "quarter", Budget(share=0.25),
+        memory, small, Budget(share=0.25),
         BudgetSettings(max_tokens=tokens, front=True, threads=1), bundle=demo / "bundle",
-        domain=[texts["scripture"] / "validation.jsonl"],
-        general=[texts["general"] / "validation.jsonl"], costs=costs,
+        domain=[texts[domain] / "validation.jsonl"],
+        general=[texts["general"] / "validation.jsonl"], costs=folder / "costs.json",
     )  # fmt: skip
     model = Model.load(demo / "bundle", threads=1)
-    whole, small = MemoryPack.open(demo / "memory-scripture"), MemoryPack.open(folder / "quarter")
-    found: dict[str, Any] = {"report": report.to_json(), "stored_before": whole.bytes}
-    found["report"]["pack"] = "quarter"
+    packs = {"whole": MemoryPack.open(memory), "small": MemoryPack.open(small)}
+    found: dict[str, Any] = {"report": report.to_json(), "stored_before": packs["whole"].bytes}
+    found["report"]["pack"] = small.name
     for name, root in texts.items():
         read = read_text(
             [root / "test.jsonl"], model.tokenizer, max_tokens=test_tokens,
             vocab_size=model.bundle.manifest.architecture.vocab_size,
         )  # fmt: skip
-        found[name] = on_test(model, read, {"whole": whole, "small": small})
-    own = found["scripture"]
-    found["gain_kept_on_test"] = own["small"]["mean"] / own["whole"]["mean"]
-    front = Table(title="Validation text (the half that judges)")
-    for column in ("memory", "of the bytes", "recall", "gain kept"):
-        front.add_column(column, justify="left" if column == "memory" else "right")
-    for point in report.points:
-        kept = report.kept(point) or 0.0
-        front.add_row(
-            point.name, f"{point.bytes / report.points[0].bytes:.1%}", f"{point.recall:.3f}",
-            f"{kept:.1%}", style="bold" if point is report.chosen else None,
-        )  # fmt: skip
-    console.print(front)
-    console.print(
-        f"Test text, {small.bytes / whole.bytes:.1%} of the bytes on disk: scripture"
-        f" {own['small']['mean']:+.4f} of {own['whole']['mean']:+.4f},"
-        f" {found['gain_kept_on_test']:.1%} kept; general"
-        f" {found['general']['small']['mean']:+.5f} [{found['general']['small']['low']:+.5f},"
-        f" {found['general']['small']['high']:+.5f}]"
-    )
+        found[name] = on_test(model, read, packs)
+    print_quarter(console, domain, report, found)
     return found
 
 
+def print_quarter(
+    console: Console, domain: str, report: BudgetReport, found: Mapping[str, Any]
+) -> None:
+    """The front on validation text, and what became of the test text."""
+    front = Table(title=f"{domain}: validation text (the half that judges)")
+    for column in ("memory", "of the bytes", "recall", "gain kept, %"):
+        front.add_column(column, justify="left" if column == "memory" else "right")
+    for point in report.points:
+        front.add_row(
+            point.name, f"{point.bytes / report.points[0].bytes:.1%}", f"{point.recall:.3f}",
+            share(asdict(point.kept)) if point.kept else "-",
+            style="bold" if point is report.chosen else None,
+        )  # fmt: skip
+    console.print(front)
+    own, other = found[domain], found["general"]
+    stored = found["report"]["stored_bytes"] / found["stored_before"]
+    console.print(
+        f"Settings {report.calibration}. Test text, {own['tokens']:,} tokens, {stored:.1%} of the"
+        f" bytes on disk: {domain} {Interval(**own['small'])} of {Interval(**own['whole'])},"
+        f" {share(own['kept'])} % kept; general {Interval(**other['small']).text(5)}"
+    )
+
+
+def share(kept: Mapping[str, float]) -> str:
+    """`97.5 [93.1, 101.9]`."""
+    mean, low, high = (f"{100 * kept[name]:.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def on_test(model: Model, text: TokenText, packs: Mapping[str, MemoryPack]) -> dict[str, Any]:
-    """Change of NLL by pack, nats a token with its interval."""
+    """Change of NLL by pack, nats a token, and the share of the whole one's that is kept."""
     sequences = text.sequences
     model.disable_memory()
     frozen = score_sequences(model, sequences)
     found: dict[str, Any] = {"tokens": int(frozen.tokens.sum()), "frozen": frozen.mean_nll}
     documents = np.array([s.document for s in text.sequences])
+    units, found["drawn"] = drawn_units(documents)
+    changes = {}
     for name, pack in packs.items():
         model.swap_memory(pack)
-        change = (score_sequences(model, sequences).nll - frozen.nll) / frozen.tokens
-        found[name] = asdict(interval_of(change, frozen.tokens, documents))
+        changes[name] = score_sequences(model, sequences).nll - frozen.nll
+        found[name] = asdict(interval_of(changes[name] / frozen.tokens, frozen.tokens, documents))
+    kept = paired_share(changes["small"], changes["whole"], units=units)
+    found["kept"] = asdict(Interval(*kept))
     return found
 
 

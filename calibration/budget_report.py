@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class Point:
         ms: Predicted milliseconds of a decode step; None without a bundle.
         domain, general: Change of NLL, nats a token; None where not measured.
         switch: Nats a change of subject; None where not measured.
+        kept: Share of the whole memory's gain, both measured on the same text.
     """
 
     recipe: Recipe | None
@@ -42,6 +44,7 @@ class Point:
     domain: Interval | None = None
     general: Interval | None = None
     switch: Interval | None = None
+    kept: Interval | None = None
 
     @property
     def name(self) -> str:
@@ -84,11 +87,6 @@ class BudgetReport:
     costs: Costs | None
     limits: Limits
 
-    def kept(self, point: Point) -> float | None:
-        """The share of the gain that a point keeps."""
-        plain = self.points[0].domain
-        return None if point.domain is None or plain is None else point.domain.mean / plain.mean
-
     def to_json(self) -> dict[str, Any]:
         """All of it as one JSON object."""
         return {
@@ -112,7 +110,7 @@ class BudgetReport:
                     "recall": point.recall,
                     "error": point.error,
                     "predicted_ms": point.ms,
-                    "gain_kept": self.kept(point),
+                    **_gain_kept(point.kept),
                     **{
                         name: None if found is None else asdict(found)
                         for name, found in (
@@ -125,3 +123,15 @@ class BudgetReport:
                 for point in self.points
             ],
         }
+
+
+def _gain_kept(kept: Interval | None) -> dict[str, float | None]:
+    """By name; a bound is null where nothing bounds it."""
+    names = ("gain_kept", "gain_kept_low", "gain_kept_high")
+    if kept is None:
+        return dict.fromkeys(names)
+    numbers = (kept.mean, kept.low, kept.high)
+    return {
+        name: number if math.isfinite(number) else None
+        for name, number in zip(names, numbers, strict=True)
+    }

@@ -19,6 +19,7 @@ from knnmoe.runtime.model import Model
 from knnmoe.runtime.pack_parts import PackGate
 from knnmoe.runtime.pack_writing import rewrite_settings
 from knnmoe.runtime.routing import RoutingRule
+from knnmoe.runtime.statistics import drawn_units, paired_share
 from knnmoe.runtime.texts import TokenSequence, TokenText
 
 from .bench import Bench, Progress
@@ -85,6 +86,7 @@ class Search:
         self.texts: dict[str, TokenText] = {}
         self.bench: Bench | None = None
         self.passages: dict[str, Sequence[TokenSequence]] = {}
+        self.whole: NDArray[np.float64] | None = None  # the domain's change with all of it
         if domain and model is not None:
             self._prepare(model, {"domain": domain, "general": general}, progress)
 
@@ -178,14 +180,27 @@ class Search:
     def _measured(self, point: Point, pack: MemoryPack) -> Point:
         if self.bench is None:
             return point
-        found = {
-            name: self._interval(name, self.bench.change(name, pack))
+        changes = {
+            name: self.bench.change(name, pack)
             for name in ("domain", "general", "switch")
             if self.passages.get(name)
         }
+        if self.whole is None:
+            self.whole = changes["domain"]
+        found = {name: self._interval(name, change) for name, change in changes.items()}
         return replace(
-            point, domain=found["domain"], general=found.get("general"), switch=found.get("switch")
-        )
+            point, domain=found["domain"], general=found.get("general"),
+            switch=found.get("switch"), kept=self._kept(changes["domain"], self.whole),
+        )  # fmt: skip
+
+    def _kept(self, change: NDArray[np.float64], whole: NDArray[np.float64]) -> Interval | None:
+        """Share of the whole memory's gain; None where that is none."""
+        assert self.bench is not None
+        tokens = self.bench.tokens("domain")
+        if whole @ tokens >= 0:
+            return None
+        units, _ = drawn_units([passage.document for passage in self.passages["domain"]])
+        return Interval(*paired_share(change * tokens, whole * tokens, units=units))
 
     def _interval(self, name: str, change: NDArray[np.float64]) -> Interval:
         assert self.bench is not None
@@ -319,7 +334,7 @@ class Search:
             "bytes": chosen.bytes,
             "bytes_before": report.points[0].bytes,
             "judged_by": report.judge,
-            "gain_kept": report.kept(chosen),
+            "gain_kept": None if chosen.kept is None else chosen.kept.mean,
             "domain": None if chosen.domain is None else asdict(chosen.domain),
             "general": None if chosen.general is None else asdict(chosen.general),
             "dropped_gates": list(report.dropped),

@@ -163,8 +163,7 @@ def build_memory(
             copies * entries * len(gates) * width * np.dtype(dtype_stored).itemsize,
         )
         job = _job(settings, gates, identity, reference, backdrop)
-        partial = PartialBuild.open(target, job, restart=restart)
-        try:
+        with PartialBuild.open(target, job, restart=restart) as partial:
             widths = (shape.hidden_size, shape.num_experts)
             partial.prepare(gates, entries, widths, dtype_stored, batches)
             rates = _rates(learners, reference, gates, settings)
@@ -198,12 +197,6 @@ def build_memory(
                 evidence="all" if backdrop is None else "reference",
                 overwrite=overwrite,
             )
-        except BaseException:
-            partial.close()
-            if partial.finished == 0:
-                partial.remove()
-            raise
-        partial.remove()
     return BuildReport(
         pack=written,
         tokens=reference.targets,

@@ -200,8 +200,8 @@ def compress_pack(
         overwrite: Replace what is there.
 
     Raises:
-        MemoryPackError: If the pack is damaged, compressed already, or too small to measure on; or
-            if no width has the recall that is asked for.
+        MemoryPackError: If the pack is damaged, was changed since it was opened, is compressed
+            already, or too small to measure on; or if no width has the recall that is asked for.
         SettingError: If a setting does not fit the memory.
         OutputError: If the directory cannot be written.
     """
@@ -209,6 +209,7 @@ def compress_pack(
     check_copy(pack.path, Path(target), overwrite=overwrite)
     check_candidates(settings.candidates, pack.neighbors)
     check_compressible(pack, settings.scan_width or WIDTH_STEP, settings.values)
+    pack.check_unchanged()
     written = [gate for gate in pack.gates if gates is None or gate.gate in gates]
     manifest = dict(KIND.read(pack.path).content)
     stated = {entry["gate"]: dict(entry) for entry in manifest["gates"]}
@@ -239,6 +240,7 @@ def compress_pack(
         }  # fmt: skip
         compressed = {**asdict(settings), **(about or {})}
         manifest["provenance"] = {**manifest["provenance"], "compressed": compressed}
+        pack.check_unchanged()
         write_manifest(folder, manifest)
     return CompressReport(
         MemoryPack.open(target), tuple(CompressedGate(**each) for each in done), settings

@@ -37,7 +37,7 @@ def front_svg(report: BudgetReport) -> Element:
     by_text = report.judge == "likelihood"
     whole = report.points[0].bytes
     points = [
-        (100 * point.bytes / whole, height(report, point), kind_of(report, point), str(number))
+        (100 * point.bytes / whole, height(point), kind_of(report, point), str(number))
         for number, point in enumerate(report.points)
     ]
     ups = [up for _, up, _, _ in points]
@@ -54,10 +54,9 @@ def front_svg(report: BudgetReport) -> Element:
     return replace(plot, attributes=attributes, children=(E("style", _STYLE), *plot.children))
 
 
-def height(report: BudgetReport, point: Point) -> float:
+def height(point: Point) -> float:
     """What is drawn of a point, in percent."""
-    kept = report.kept(point)
-    return 100 * (point.recall if kept is None else kept)
+    return 100 * (point.recall if point.kept is None else point.kept.mean)
 
 
 def kind_of(report: BudgetReport, point: Point) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from knnmoe.runtime.atomic import output_error
 from knnmoe.runtime.errors import OutputError
-from knnmoe.runtime.jobs import Kind, discard_work, open_work, work_directory
+from knnmoe.runtime.jobs import Kind, discard_work, locked_work, open_work, work_directory
 
 from .plan import Batch
 from .tensor_file import DAMAGED, TensorFile
@@ -62,8 +63,14 @@ class PartialBuild:
     _done: dict[int, _Done] = field(default_factory=dict)
 
     @staticmethod
-    def open(pack: Path, job: Mapping[str, Any], *, restart: bool = False) -> PartialBuild:
-        """Go on with the work directory beside `pack`, or start one.
+    @contextmanager
+    def open(
+        pack: Path, job: Mapping[str, Any], *, restart: bool = False
+    ) -> Iterator[PartialBuild]:
+        """Yield the work directory beside `pack`, the one that is there or a new one.
+
+        It is this process's alone while the block runs, and gone when that succeeds. If the block
+        fails, what is finished stays for the next time with the same job.
 
         Args:
             pack: Where the memory pack will be.
@@ -71,13 +78,25 @@ class PartialBuild:
             restart: Discard what is there.
 
         Raises:
-            OutputError: If there is one of another job, or the directory cannot be made.
+            OutputError: If there is one of another job, another build is at work there, or the
+                directory cannot be made.
         """
-        partial = PartialBuild(work_directory(pack))
+        path = work_directory(pack)
         if restart:
-            partial.remove()
-        open_work(partial.path, KIND, job, what="build of other text or settings", fix=RESTART)
-        return partial
+            with locked_work(path, KIND):
+                discard_work(path, KIND)
+        open_work(path, KIND, job, what="build of other text or settings", fix=RESTART)
+        with locked_work(path, KIND):
+            partial = PartialBuild(path)
+            try:
+                yield partial
+            except BaseException:
+                partial._close()
+                if not partial._done:
+                    discard_work(path, KIND)
+                raise
+            partial._close()
+            discard_work(path, KIND)
 
     def prepare(
         self,
@@ -121,11 +140,6 @@ class PartialBuild:
         """Whether a batch is finished."""
         return batch in self._done
 
-    @property
-    def finished(self) -> int:
-        """Batches that are finished."""
-        return len(self._done)
-
     def write(self, batch: Batch, tensors: GateTensors, nll: tuple[float, float]) -> None:
         """Store a finished batch: its rows at their places, then its line.
 
@@ -158,16 +172,10 @@ class PartialBuild:
         lines = [self._done[batch.number].nll for batch in batches]
         return sum(before for before, _ in lines), sum(after for _, after in lines)
 
-    def close(self) -> None:
-        """Close the files."""
+    def _close(self) -> None:
         for file in self.files.values():
             file.close()
         self.files.clear()
-
-    def remove(self) -> None:
-        """Remove the directory with all that is in it."""
-        self.close()
-        discard_work(self.path, KIND)
 
     def _checksum(self, batch: Batch) -> int:
         crc = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +95,13 @@ def print_budget(report: BudgetReport) -> None:
     for name in ("", "memory", "bytes", "of all", "recall", "gain kept", "general", "ms a token"):
         table.add_column(name, justify="left" if name == "memory" else "right")
     for number, point in enumerate(report.points):
-        kept = report.kept(point)
         table.add_row(
             str(number),
             point.name,
             readable_size(point.bytes),
             f"{point.bytes / whole.bytes:.1%}",
             f"{point.recall:.4f}",
-            "-" if kept is None else f"{kept:.1%}",
+            "-" if point.kept is None else _percent(point.kept),
             "-" if point.general is None else str(point.general),
             "-" if point.ms is None else f"{point.ms:.3g}",
             style="bold" if point is report.chosen else None,
@@ -126,6 +126,12 @@ def print_budget(report: BudgetReport) -> None:
     if report.dropped:
         gone = ", ".join(map(str, report.dropped))
         console.print(f"Left to the frozen router, as their retrieval gains nothing: gates {gone}")
+
+
+def _percent(share: Interval) -> str:
+    """`97.5 % [93, 102]`."""
+    mean, low, high = (100 * part for part in (share.mean, share.low, share.high))
+    return f"{mean:.1f} %" + (f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) else "")
 
 
 def _of(found: Interval | None) -> str:

@@ -26,7 +26,6 @@ from knnmoe.runtime.atomic import (
     as_output_error,
     check_free_space,
     check_replaceable,
-    lock_directory,
     move_into_place,
     remove_stale,
     sync,
@@ -34,7 +33,14 @@ from knnmoe.runtime.atomic import (
 )
 from knnmoe.runtime.bundle import FileSpec, describe_file
 from knnmoe.runtime.errors import KnnMoeError, OutputError
-from knnmoe.runtime.jobs import Kind, discard_work, open_work, refuse_foreign, work_directory
+from knnmoe.runtime.jobs import (
+    Kind,
+    discard_work,
+    locked_work,
+    open_work,
+    refuse_foreign,
+    work_directory,
+)
 
 from .quantize import TensorError
 from .weights import PlannedFile, write_file
@@ -132,12 +138,12 @@ def partial_export(
     _tidy(path, target)
     check_replaceable(target, overwrite=overwrite)
     if restart:
-        with _locked(path):
+        with locked_work(path, KIND):
             discard_work(path, KIND)
     kept = _read_finished(path)
     check_free_space(target.parent, needed_bytes - sum(f.spec.size for f in kept.values()))
     open_work(path, KIND, job(), what="export with other settings", fix=RESTART)
-    with _locked(path):
+    with locked_work(path, KIND):
         try:
             partial = _prepared(path)
             yield partial
@@ -164,31 +170,11 @@ def _tidy(path: Path, target: Path) -> None:
     refuse_foreign(path, KIND)
     if not path.exists():
         return
-    with _locked(path):
+    with locked_work(path, KIND):
         if (path / OLD).exists() and not target.exists():
             (path / OLD).rename(target)
         if not (path / BUNDLE).exists() and target.exists() and (path / FINISHED).exists():
             discard_work(path, KIND)  # killed behind the move
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    if not path.exists():
-        yield
-        return
-    try:
-        lock = lock_directory(path)
-    except BlockingIOError as error:
-        raise OutputError(
-            path,
-            "another export is writing there",
-            fix="Wait until it has finished, or choose another name for the bundle.",
-        ) from error
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _prepared(path: Path) -> PartialExport:

@@ -10,13 +10,15 @@ may bear the same name, and so does their work: neither goes on with the other's
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from .atomic import STALE_FORM, new_directory
+from .atomic import STALE_FORM, lock_directory, new_directory
 from .errors import OutputError
 
 JOB = "job.json"
@@ -49,6 +51,40 @@ def open_work(path: Path, kind: Kind, job: Mapping[str, Any], *, what: str, fix:
     with new_directory(path) as directory:
         text = json.dumps(whole, indent=2) + "\n"
         (directory / JOB).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked_work(path: Path, kind: Kind) -> Iterator[None]:
+    """Be the only one to write into a work directory, or discard it, while the block runs.
+
+    Nothing is locked where nothing is there, nor on a system without such locks. A writer that is
+    killed leaves no lock behind.
+
+    Raises:
+        OutputError: If another process is at work there, or what is there is not of this kind.
+    """
+    refuse_foreign(path, kind)
+    if not path.exists():
+        yield
+        return
+    taken = OutputError(
+        path, f"another {kind} is writing there",
+        fix="Wait until it has finished, or choose another name.",
+    )  # fmt: skip
+    try:
+        lock = lock_directory(path)
+    except BlockingIOError as error:
+        raise taken from error
+    if lock is None:
+        yield
+        return
+    try:
+        # It may have been discarded before the lock was ours, and another begun.
+        if not (path.exists() and os.path.samestat(os.fstat(lock), path.stat())):
+            raise taken
+        yield
+    finally:
+        os.close(lock)
 
 
 def discard_work(path: Path, kind: Kind) -> None:

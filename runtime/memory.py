@@ -91,14 +91,30 @@ class MemoryPack:
         """Read and check a pack; with `verify` also every file's hash."""
         root = Path(path)
         pack = _parse(root, KIND.read(root))
-        files = [gate.stored for gate in pack.gates] + ([pack.origins] if pack.origins else [])
         seen = {}
-        for stored in files:
+        for stored in pack.files:
             found = seen_as(root / stored.file)
             check_file(root, stored, verify)
             if verify and found is not None:
                 seen[stored.file] = found
         return replace(pack, seen=seen)
+
+    @property
+    def files(self) -> tuple[PackFile, ...]:
+        """All that hold tensors."""
+        origins = () if self.origins is None else (self.origins,)
+        return (*(gate.stored for gate in self.gates), *origins)
+
+    def check_unchanged(self) -> None:
+        """Hash the files again that are not those which were found right when it was opened.
+
+        Raises:
+            MemoryPackError: If one is missing, or was changed.
+        """
+        for stored in self.files:
+            found = seen_as(self.path / stored.file)
+            if found is None or found != self.seen.get(stored.file):
+                check_file(self.path, stored, verify=True)
 
     @property
     def entries(self) -> int:

@@ -61,30 +61,78 @@ def paired_bootstrap(
     deltas = np.asarray(deltas_per_sequence, dtype=np.float64)
     tokens = np.asarray(tokens_per_sequence, dtype=np.float64)
     _check(deltas, tokens, samples)
-    sums = deltas * tokens
+    return _ratio(deltas * tokens, tokens, units, samples, seed)
+
+
+def paired_share(
+    part: ArrayLike,
+    whole: ArrayLike,
+    *,
+    units: ArrayLike | None = None,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """One sum as a share of another of the same sequences, and its 95 % interval.
+
+    For example what a smaller memory gains as a share of what the whole one gains. Both sums of a
+    sequence are drawn together (the bootstrap of a ratio; Efron and Tibshirani, 1993, ch. 10.3), so
+    what makes both large or small does not widen the interval.
+
+    Args:
+        part, whole: Sums of each sequence [n], such as nats gained.
+        units, samples, seed: See `paired_bootstrap`.
+
+    Returns:
+        (share, low, high). With one sequence or unit, or where the whole is not surely other than
+        zero, so that a share of it says nothing, the interval is from -inf to inf.
+
+    Raises:
+        SettingError: If the lengths differ, nothing is there, a number is out of its range, or the
+            whole is zero.
+    """
+    above = np.asarray(part, dtype=np.float64)
+    below = np.asarray(whole, dtype=np.float64)
+    _check(above, np.ones_like(above), samples)
+    _check(below, np.ones_like(above), samples)
+    if below.sum() == 0:
+        raise SettingError("bootstrap", "a share of nothing", expected="a sum other than zero")
+    _, low, high = _ratio(below, np.ones_like(below), units, samples, seed)
+    if low <= 0 <= high:
+        return float(above.sum() / below.sum()), -np.inf, np.inf
+    return _ratio(above, below, units, samples, seed)
+
+
+def _ratio(
+    above: NDArray[np.float64],
+    below: NDArray[np.float64],
+    units: ArrayLike | None,
+    samples: int,
+    seed: int,
+) -> tuple[float, float, float]:
+    """The ratio of two sums over sequences [n], and its interval."""
     if units is not None:
         together = np.asarray(units)
-        if together.shape != deltas.shape:
+        if together.shape != above.shape:
             raise SettingError(
-                "bootstrap", "units do not match", expected=f"one for each of {len(deltas)}",
+                "bootstrap", "units do not match", expected=f"one for each of {len(above)}",
                 found=f"shape {list(together.shape)}",
             )  # fmt: skip
         _, together = np.unique(together, return_inverse=True)
-        sums = np.bincount(together, sums).astype(np.float64)
-        tokens = np.bincount(together, tokens).astype(np.float64)
-    count = len(sums)
-    mean = float(sums.sum() / tokens.sum())
+        above = np.bincount(together, above).astype(np.float64)
+        below = np.bincount(together, below).astype(np.float64)
+    count = len(above)
+    ratio = float(above.sum() / below.sum())
     if count == 1:
-        return mean, -np.inf, np.inf
+        return ratio, -np.inf, np.inf
     rng = np.random.default_rng(seed)
-    means = np.empty(samples)
+    ratios = np.empty(samples)
     block = max(1, _BLOCK // count)
     for start in range(0, samples, block):
         size = min(block, samples - start)
         drawn = rng.integers(count, size=(size, count))
-        means[start : start + size] = sums[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return mean, float(low), float(high)
+        ratios[start : start + size] = above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return ratio, float(low), float(high)
 
 
 def _check(deltas: NDArray[Any], tokens: NDArray[Any], samples: int) -> None:

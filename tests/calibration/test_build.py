@@ -418,6 +418,26 @@ def test_an_interrupted_build_of_another_model_is_refused(build: Build, tmp_path
         build(tmp_path / "pack", checkpoint=other)
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_two_builds_of_one_pack_do_not_meet(
+    build: Build, background: Path, built: BuildReport, tmp_path: Path, restart: bool
+) -> None:
+    met: list[int] = []
+
+    def second(done: int, total: int) -> None:
+        if 0 < done < total:
+            with pytest.raises(
+                OutputError, match=r"pack\.partial: another memory build is writing"
+            ):
+                build(tmp_path / "pack", background=[background], restart=restart)
+            met.append(done)
+
+    build(tmp_path / "pack", background=[background], progress=second)
+    assert met
+    assert files(tmp_path / "pack") == files(built.pack.path)
+    assert not work_directory(tmp_path / "pack").exists()
+
+
 def test_an_interrupted_export_of_that_name_is_not_discarded(build: Build, tmp_path: Path) -> None:
     partial = work_directory(tmp_path / "pack")
     open_work(partial, "export", {}, what="export", fix="")

@@ -18,7 +18,7 @@ import knnmoe.runtime.memory as memory_module
 from conftest import make_identity
 from knnmoe.calibration.budget import Budget, compress_to_budget
 from knnmoe.calibration.cli import memory as memory_commands
-from knnmoe.calibration.compress import CompressSettings, compress_pack
+from knnmoe.calibration.compress import CompressSettings, Kept, compress_pack
 from knnmoe.calibration.recall import Exact, measure_recall, principal, project_keys, turned
 from knnmoe.runtime.blend import knn_blend, search
 from knnmoe.runtime.bundle import Bundle, describe_file
@@ -34,7 +34,7 @@ from knnmoe.runtime.gates.select import choose, make_gate
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
-from knnmoe.runtime.pack_parts import GateEntries
+from knnmoe.runtime.pack_parts import EntryOrigins, GateEntries, PackGate
 from knnmoe.runtime.pack_writing import write_pack
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.stored_values import store_values, value_types
@@ -497,17 +497,44 @@ def test_stored_lengths_spare_reading_the_keys(
     memory_from(compressed)
 
 
+def flip_last_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def test_bytes_changed_after_writing_are_found_by_the_hash(
     compressed: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(compressed, tmp_path / "copy"))
-    with (copy / "gate-00.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)[0]
-        file.seek(-1, 2)
-        file.write(bytes([last ^ 1]))
+    flip_last_bit(copy / "gate-00.safetensors")
     with pytest.raises(MemoryPackError, match="sha256 differs"):
         MemoryPack.open(copy)
+
+
+@pytest.mark.parametrize("file", ["entries.safetensors", "gate-01.safetensors"])
+@pytest.mark.parametrize("when", ["before it is opened", "after it was opened", "meanwhile"])
+def test_a_pack_with_changed_bytes_is_not_compressed(
+    pack: Path, tmp_path: Path, file: str, when: str
+) -> None:
+    opened, numbers = MemoryPack.open(pack), np.arange(ENTRIES, dtype=np.int32)
+    damaged = write_pack(
+        tmp_path / "damaged", model=opened.model, gates={g: entries_of(g) for g in range(2)},
+        variant="residual", neighbors=8, similarity="cosine", calibration=preset("residual"),
+        origins=EntryOrigins(numbers, numbers, numbers), provenance={},
+    )  # fmt: skip
+
+    def during(gate: PackGate, entries: GateEntries) -> Kept:
+        if when == "meanwhile" and gate.gate == 1:
+            flip_last_bit(damaged.path / file)
+        return Kept(entries, np.arange(ENTRIES), np.ones(ENTRIES, np.int64))
+
+    if when != "meanwhile":
+        flip_last_bit(damaged.path / file)
+    source = damaged.path if when == "before it is opened" else damaged
+    with pytest.raises(MemoryPackError, match=rf"{file}: was changed \(sha256 differs\)"):
+        compress_pack(source, tmp_path / "small", CompressSettings(32, 8), reduced=during)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from knnmoe.runtime import jobs
+from knnmoe.runtime.atomic import lock_directory
 from knnmoe.runtime.errors import OutputError
-from knnmoe.runtime.jobs import Kind, discard_work, open_work, refuse_foreign, work_directory
+from knnmoe.runtime.jobs import (
+    Kind,
+    discard_work,
+    locked_work,
+    open_work,
+    refuse_foreign,
+    work_directory,
+)
 
 FIX = "Pass --restart."
 
@@ -58,3 +67,22 @@ def test_work_that_does_not_say_whose_it_is_can_be_discarded(tmp_path: Path, dam
         open_work(work, "export", {"seed": 1}, what="thing", fix=FIX)
     discard_work(work, "export")
     assert not work.exists()
+
+
+def test_work_that_was_discarded_while_its_lock_was_awaited_is_not_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = begun(tmp_path / "x", "export", seed=1)
+
+    def late(directory: Path) -> int | None:
+        lock = lock_directory(directory)
+        discard_work(directory, "export")
+        begun(tmp_path / "x", "export", seed=2)
+        return lock
+
+    monkeypatch.setattr(jobs, "lock_directory", late)
+    with (
+        pytest.raises(OutputError, match="another export is writing there"),
+        locked_work(work, "export"),
+    ):
+        pytest.fail("two writers")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from knnmoe.runtime.errors import SettingError
-from knnmoe.runtime.statistics import drawn_units, paired_bootstrap
+from knnmoe.runtime.statistics import drawn_units, paired_bootstrap, paired_share
 
 
 def test_the_mean_is_weighted_by_tokens() -> None:
@@ -87,3 +87,26 @@ def test_drawing_units_is_drawing_their_sums() -> None:
     np.testing.assert_allclose(got, paired_bootstrap(sums / together, together), rtol=1e-12)
     with pytest.raises(SettingError, match="units do not match"):
         paired_bootstrap(deltas, tokens, units=[0, 1])
+
+
+def test_a_share_is_of_sums_that_are_drawn_together() -> None:
+    rng = np.random.default_rng(2)
+    whole = rng.normal(-10, 5, 60)
+    part = 0.9 * whole + rng.normal(0, 0.5, 60)
+    share, low, high = paired_share(part, whole)
+    assert share == pytest.approx(part.sum() / whole.sum())
+    drawn = rng.integers(60, size=(4000, 60))
+    expected = np.percentile(part[drawn].sum(1) / whole[drawn].sum(1), [2.5, 97.5])
+    np.testing.assert_allclose([low, high], expected, atol=2e-3)
+    # Drawn apart, the two sums would leave it open between 0.7 and 1.1.
+    assert high - low < 0.05
+    assert paired_share(0.9 * whole, whole) == pytest.approx((0.9, 0.9, 0.9))
+
+
+def test_a_share_of_what_may_be_nothing_is_unbounded() -> None:
+    assert paired_share([1.0, 2.0, 1.0], [1.0, -1.5, 1.0])[1:] == (-np.inf, np.inf)
+    assert paired_share([1.0], [2.0]) == (0.5, -np.inf, np.inf)
+    with pytest.raises(SettingError, match="a share of nothing"):
+        paired_share([1.0, 2.0], [1.0, -1.0])
+    with pytest.raises(SettingError, match="sequences do not match"):
+        paired_share([1.0, 2.0], [1.0])
