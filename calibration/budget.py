@@ -164,10 +164,7 @@ def _costs(
 ) -> Costs:
     """Of the record, or measured."""
     if path is None or not Path(path).exists():
-        costs = measure_costs(
-            model, pack.entries, settings.candidates, pack.neighbors, settings.device,
-            settings.threads,
-        )  # fmt: skip
+        costs = measure_costs(model, pack, settings.candidates, settings.device, settings.threads)
         if path is not None:
             costs.write(Path(path))
         return costs

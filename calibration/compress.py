@@ -26,12 +26,16 @@ from knnmoe.runtime.atomic import check_copy, new_directory
 from knnmoe.runtime.blend import unit_rows
 from knnmoe.runtime.calibration import Variant
 from knnmoe.runtime.compressed_files import (
+    KEY_KINDS,
     KEY_LENGTHS,
+    PARTS,
     ScanStatement,
     ValuesOf,
     ValuesStatement,
     centred_lengths,
+    projection_tensors,
     width_is_possible,
+    widths_are_possible,
 )
 from knnmoe.runtime.errors import MemoryPackError, SettingError
 from knnmoe.runtime.memory import MemoryPack
@@ -49,9 +53,12 @@ from knnmoe.runtime.two_stage import MAX_CANDIDATES, check_candidates
 
 from .recall import (
     KEYS,
+    RESTORED,
     Exact,
     Floats,
     Keys,
+    Widths,
+    graded_parts,
     measure_recall,
     measure_search,
     principal,
@@ -79,7 +86,10 @@ class CompressSettings:
         scan_bits: Of a projected key's elements, 4 or 8; None for what makes it smallest.
         candidates: R, scored again with the full keys.
         recall: What must be reached where width or bits are chosen.
-        keys: Dtype of the full keys; `projected` keeps none, and scores by what is scanned.
+        keys: Dtype of the full keys; `projected` keeps none, and scores by what is scanned;
+            `graded` keeps a projection of its own.
+        key_widths: Of graded keys: how many of the widest directions are kept in 8 bits, and how
+            many others in 4; None for a quarter of them and the rest.
         values: Dtype of the values; unless it is `as-stored`, only those of the pack's variant are
             kept, and not router logits and residuals.
         seed: Of the keys held back and of the turn of the directions.
@@ -95,6 +105,7 @@ class CompressSettings:
     keys: Keys = "as-stored"
     values: StoredAs = "as-stored"
     seed: int = 0
+    key_widths: Widths | None = None
 
     def __post_init__(self) -> None:
         width = self.scan_width
@@ -112,6 +123,10 @@ class CompressSettings:
             )
         if self.keys not in KEYS:
             raise SettingError("keys", "unknown", expected=KEYS, found=self.keys)
+        if self.key_widths is not None and self.keys != "graded":
+            raise SettingError(
+                "key widths", "are of graded keys alone", expected="keys graded", found=self.keys
+            )
         if self.values not in VALUES:
             raise SettingError("values", "unknown", expected=VALUES, found=self.values)
 
@@ -209,6 +224,8 @@ def compress_pack(
     check_copy(pack.path, Path(target), overwrite=overwrite)
     check_candidates(settings.candidates, pack.neighbors)
     check_compressible(pack, settings.scan_width or WIDTH_STEP, settings.values)
+    if settings.keys == "graded":
+        settings = replace(settings, key_widths=_widths(settings, pack.model.hidden_size))
     pack.check_unchanged()
     written = [gate for gate in pack.gates if gates is None or gate.gate in gates]
     manifest = dict(KIND.read(pack.path).content)
@@ -227,8 +244,10 @@ def compress_pack(
                 "calibration": gate.calibration.to_json(), "used": gate.used,
                 "scan": asdict(scan),
             }  # fmt: skip
-            if settings.keys in ("int8", "projected"):
+            if settings.keys in KEY_KINDS:
                 stated[gate.gate]["keys"] = settings.keys
+            if settings.key_widths is not None:
+                stated[gate.gate]["key_widths"] = list(settings.key_widths)
             if values is not None:
                 stated[gate.gate]["values"] = asdict(values)
             done.append({**found, "bytes_after": stored.size})
@@ -270,6 +289,18 @@ def _origins(
         origins.token_ids, origins.documents, origins.positions, rows, counts
     ))  # fmt: skip
     return {**(stated or {}), "rows": pack.origin_rows}
+
+
+def _widths(settings: CompressSettings, size: int) -> Widths:
+    """Of graded keys of D elements."""
+    fine = max(WIDTH_STEP, size // 4 // WIDTH_STEP * WIDTH_STEP)
+    found = settings.key_widths or (fine, size - fine)
+    if not widths_are_possible(found, size):
+        raise SettingError(
+            "key widths", "do not fit the model",
+            expected=f"two multiples of {WIDTH_STEP} with a sum up to {size}", found=found,
+        )  # fmt: skip
+    return found
 
 
 def check_compressible(pack: MemoryPack, width: int, values: StoredAs) -> None:
@@ -315,22 +346,27 @@ def _compress_gate(
     directions = principal(unit_rows(fitted) if pack.similarity == "cosine" else fitted)
     choice = _choose(others, directions, settings, f"{pack.path}: gate {gate.gate}")
     matrix = turned(directions, choice.width, settings.seed)
-    found = measure_search(others, matrix, choice.bits, settings.candidates, settings.keys)
+    graded = (
+        graded_parts(directions, settings.key_widths, settings.seed) if settings.key_widths else []
+    )
+    found = measure_search(others, matrix, choice.bits, settings.candidates, settings.keys, graded)
     del others, fitted
     scan = _project(entries, matrix, choice.bits)
+    parts = dict(zip(PARTS, (_project(entries, *part) for part in graded), strict=False))
+    factor = np.float32(found.correction)
     if settings.keys == "projected":
-        scan = replace(scan, scales=scan.scales * np.float32(found.correction))
+        scan = replace(scan, scales=scan.scales * factor)
+    parts = {name: replace(part, scales=part.scales * factor) for name, part in parts.items()}
     values, tensors = _values(entries, pack.variant, settings.values)
     stored = _keys(entries, settings.keys)
     tensors |= {
         **stored,
         KEY_LENGTHS: _lengths(entries, stored, pack.path / gate.stored.file),
         "center": entries.center,
-        "scan_projection": scan.projection,
-        "scan_projection_scales": scan.projection_scales,
-        "scan_codes": scan.codes,
-        "scan_scales": scan.scales,
     }
+    for name, part in {"scan": scan, **parts}.items():
+        arrays = (part.projection, part.projection_scales, part.codes, part.scales)
+        tensors |= dict(zip(projection_tensors(name), arrays, strict=True))
     statement = ScanStatement(
         choice.width,
         choice.bits,
@@ -462,7 +498,7 @@ def _keys(entries: GateEntries, kind: Keys) -> Mapping[str, NDArray[Any]]:
     """The full keys as they are stored, if they are, with their steps where they are int8."""
     if kind == "as-stored":
         return {"keys": entries.keys}
-    if kind == "projected":
+    if kind in RESTORED:
         return {}
     if kind == "fp16":
         if np.abs(entries.keys).max() > np.finfo(np.float16).max:

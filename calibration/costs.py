@@ -5,8 +5,9 @@ running it; how much a unit of each takes is fitted to steps of the model with m
 each in turn with the frozen step. Gates by themselves take half as long as between the segments of
 a step, which leave them cold caches.
 
-    ms = constant + scanned codes (of 4 and of 8 bits) + entries + projection W·D + gathered R·D
-         + restored R·W·D (where no full keys are kept) + widening values (where they are stored)
+    ms = constant + scanned codes (of 4 and of 8 bits) + entries + projection W·D
+         + gathered R·D (of projected keys R·W') + restored W'·D (where no full keys are kept)
+         + widening values (where they are stored)
 
 Weights of the fit are 1/ms, so that small gates count as large ones do; coefficients are not
 negative.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
@@ -25,25 +26,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.atomic import write_file
-from knnmoe.runtime.calibration import Calibration
+from knnmoe.runtime.calibration import Calibration, Similarity
 from knnmoe.runtime.compressed import CompressedMemory
+from knnmoe.runtime.compressed_files import PARTS
 from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.errors import SettingError
 from knnmoe.runtime.gates.one_token import BLOCKED_ENTRIES
 from knnmoe.runtime.gates.two_stage import MANY_ELEMENTS, MANY_SIZE, SCANNED_ELEMENTS
+from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pipeline import Pipeline
 from knnmoe.runtime.projection import ProjectedKeys, block_size
 from knnmoe.runtime.stored_values import BITS, groups_of, store_values
 
 from .compress import StoredAs
-from .recall import Keys
+from .recall import RESTORED, Keys, Widths, graded_widths
 
-SCHEMA = "knnmoe.costs/2"
+SCHEMA = "knnmoe.costs/3"
 FEATURES = (
     "constant", "codes_4", "codes_8", "entries", "projection", "gathered", "restored", "values",
 )  # fmt: skip
-_SECONDS = 8.0  # of timing, at least
+_SECONDS = 12.0  # of timing, at least
 _FEWEST = 12  # rounds
 _KEY_ELEMENTS = 1 << 24  # of made-up full keys, at most
 _CONTEXT = 32
@@ -62,6 +65,7 @@ class GateShape:
         candidates: R.
         keys, values: How they are stored.
         element: Bytes of an element of full keys as the pack has them.
+        key_widths: Of graded keys.
     """
 
     entries: int
@@ -73,19 +77,25 @@ class GateShape:
     keys: Keys
     values: StoredAs
     element: int = 2
+    key_widths: Widths | None = None
+
+    @property
+    def restored(self) -> int:
+        """Directions of projected keys that stand for full ones; 0 where these are kept."""
+        return sum(self.key_widths or ()) or (self.width if self.keys == "projected" else 0)
 
     @property
     def features(self) -> NDArray[np.float64]:
         """What its time is a sum of, in millions but for numbers of a kind."""
         codes = self.entries * self.width / 1e6
-        gathered = min(self.candidates, self.entries) * self.hidden_size / 1e6
+        gathered = min(self.candidates, self.entries) * (self.restored or self.hidden_size) / 1e6
         named = {
             "constant": 1.0,
             f"codes_{self.bits}": codes,
             "entries": self.entries / 1e6,
             "projection": self.width * self.hidden_size / 1e6,
             "gathered": gathered,
-            "restored": gathered * self.width if self.keys == "projected" else 0.0,
+            "restored": self.restored * self.hidden_size / 1e6,
             "values": float(self.values in BITS),
         }
         return np.array([named.get(name, 0.0) for name in FEATURES])
@@ -98,6 +108,7 @@ def held_bytes(gate: GateShape) -> int:
     of several; codes of keys that are not kept in full once more, by row. Mapped keys count too.
     """
     n, d, w = gate.entries, gate.hidden_size, gate.width
+    fine, coarse = gate.key_widths or (0, 0)
     codes = n * w * gate.bits // 8
     scan = codes + n * 4 * (w // block_size(w)) + 4 * n  # scales by block; mask and norms
     scan += w * d + 4 * w * (d // block_size(d))
@@ -108,6 +119,7 @@ def held_bytes(gate: GateShape) -> int:
         "fp16": n * d * 2,
         "int8": n * d,
         "projected": codes + w * d + 4 * w,
+        "graded": n * (fine + coarse // 2 + 8) + (fine + coarse) * (d + 4),
     }[gate.keys]
     return 2 * scan + rows + keys + value_bytes(gate)
 
@@ -197,16 +209,40 @@ def clock_of(threads: int | None) -> Callable[[], float]:
     return thread_time if threads == 1 else perf_counter
 
 
+@dataclass(frozen=True)
+class Use:
+    """How a memory is used, each part of which takes operators of a gate.
+
+    Attributes:
+        neighbors, calibration, similarity: Of the pack.
+        rule_first: Whether the variant is `assignment`.
+        weighted: Whether entries count as evidence or not.
+    """
+
+    neighbors: int
+    calibration: Calibration = field(default_factory=Calibration)
+    similarity: Similarity = "cosine"
+    rule_first: bool = False
+    weighted: bool = False
+
+    @staticmethod
+    def of(pack: MemoryPack) -> Use:
+        """As a pack says; its gates are used alike but for their numbers."""
+        return Use(
+            pack.neighbors, pack.gates[0].calibration, pack.similarity,
+            pack.variant == "assignment", pack.evidence == "reference",
+        )  # fmt: skip
+
+
 def measure_costs(
-    model: Model, entries: int, candidates: int, neighbors: int, device: str, threads: int | None
+    model: Model, pack: MemoryPack, candidates: int, device: str, threads: int | None
 ) -> Costs:
     """Time steps with made-up memories of this model's sizes, each in turn with the frozen step.
 
     Args:
         model: Is left without a memory.
-        entries: About as many as the memory has.
+        pack: Says how many entries there are about, and how they are used.
         candidates: R.
-        neighbors: K.
         device: A name for the record.
         threads: Of the runtime.
     """
@@ -214,22 +250,25 @@ def measure_costs(
     size, experts = shape.hidden_size, shape.num_experts
     model.disable_memory()
     frozen = decode_step(model.beside(0), _CONTEXT)
-    designs = _designs(entries, size, experts, candidates)
-    added, steps = [], []
+    designs, use = _designs(pack.entries, size, experts, candidates), Use.of(pack)
+    added: list[float] = []
+    steps: list[float] = []
     for design in designs:
         # Each gate has arrays of its own: what one read is not there for the next.
         room = max(1, _MEMORY_BYTES // held_bytes(design))
         count = min(shape.num_gates, _GATES, room)
-        memories = [made_up(design, neighbors) for _ in range(count)]
+        memories = [made_up(design, use) for _ in range(count)]
         with_memory = model.backend.beside([*memories, *[None] * (shape.num_gates - count)])
         pair = {"frozen": frozen, "memory": decode_step(Pipeline(with_memory), _CONTEXT)}
         samples = turn_by_turn(pair, clock_of(threads), _SECONDS / len(designs))
-        more = np.median(np.array(samples["memory"]) - samples["frozen"])
-        added.append(max(float(more) / count, _LEAST_MS))
+        # As a share of the frozen step: a machine that others use is not always equally fast.
+        ratio = np.median(samples["memory"]) / np.median(samples["frozen"])
+        added.append(float(ratio - 1) / count)
         steps += samples["frozen"]
-    coefficients = fit([design.features for design in designs], added)
     step = float(np.median(steps))
-    return Costs(device, threads, size, experts, neighbors, step, tuple(coefficients))
+    times = [max(share * step, _LEAST_MS) for share in added]
+    coefficients = fit([design.features for design in designs], times)
+    return Costs(device, threads, size, experts, use.neighbors, step, tuple(coefficients))
 
 
 def decode_step(pipeline: Pipeline, context: int) -> Run:
@@ -285,6 +324,8 @@ def fit(features: Sequence[NDArray[np.float64]], times: Sequence[float]) -> NDAr
 def _designs(entries: int, size: int, experts: int, candidates: int) -> list[GateShape]:
     """Gates of made-up entries that tell the coefficients apart."""
     widths = sorted({max(32, size // part // 32 * 32) for part in (8, 4, 2, 1)})[:3]
+    graded = sorted(graded_widths(size), key=sum)
+    graded = [graded[0], graded[-1]] if graded else []
     few, most = max(512, entries // 4), max(1024, entries)
     whole = max(512, min(most, _KEY_ELEMENTS // size))
     kind = GateShape(most, size, experts, widths[-1], 4, candidates, "projected", "int4")
@@ -295,23 +336,29 @@ def _designs(entries: int, size: int, experts: int, candidates: int) -> list[Gat
         replace(kind, entries=few, width=widths[0], bits=8),
         replace(kind, values="fp16"),
         replace(kind, entries=few, width=widths[0], values="fp16"),
+        *(replace(kind, width=widths[0], keys="graded", key_widths=each) for each in graded),
         replace(kind, entries=whole, width=widths[0], keys="fp16"),
         replace(kind, entries=whole, keys="int8", values="fp16"),
         replace(kind, entries=whole, width=widths[0], bits=8, keys="int8"),
     ]
 
 
-def made_up(shape: GateShape, neighbors: int) -> CompressedMemory:
+def made_up(shape: GateShape, use: Use) -> CompressedMemory:
     """A memory of random codes: a search takes as long as with any others."""
     random = np.random.default_rng(0)
-    n, d, w = shape.entries, shape.hidden_size, shape.width
-    codes = random.integers(0, 256, (n, w * shape.bits // 8), np.uint8)
+    n, d = shape.entries, shape.hidden_size
     scales = np.full(n, 1e-2, np.float32)
-    projection = random.integers(-127, 128, (w, d), np.int8)
+
+    def projected(width: int, bits: int) -> ProjectedKeys:
+        return ProjectedKeys(
+            random.integers(-127, 128, (width, d), np.int8), np.full(width, 1e-3, np.float32),
+            random.integers(0, 256, (n, width * bits // 8), np.uint8), scales.copy(),
+        )  # fmt: skip
+
     keys: NDArray[Any] | None = None
     if shape.keys == "int8":
         keys = random.integers(-127, 128, (n, d), np.int8)
-    elif shape.keys != "projected":
+    elif shape.keys not in RESTORED:
         keys = random.standard_normal((n, d), np.float32).astype(np.float16)
     values: Any = random.standard_normal((n, shape.experts), np.float32)
     if shape.values != "as-stored":
@@ -321,13 +368,15 @@ def made_up(shape: GateShape, neighbors: int) -> CompressedMemory:
         multipliers=scales[:, None],
         norms=np.ones(n, np.float32),
         lengths=np.ones(n, np.float32),
-        scan=ProjectedKeys(projection, np.full(w, 1e-3, np.float32), codes, scales),
+        scan=projected(shape.width, shape.bits),
         candidates=shape.candidates,
         values=values,
         n_valid=n,
-        k=neighbors,
+        k=use.neighbors,
         center=np.zeros(d, np.float32),
-        calibration=Calibration(),
-        similarity="cosine",
-        rule_first=False,
+        calibration=use.calibration,
+        similarity=use.similarity,
+        rule_first=use.rule_first,
+        evidence_weights=np.ones(n, np.float32) if use.weighted else None,
+        parts=tuple(map(projected, shape.key_widths or (), PARTS.values())),
     )

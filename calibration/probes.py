@@ -7,6 +7,7 @@ mean square, ranks ways of making it smaller; which of the best is best the like
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,22 @@ from knnmoe.runtime.calibration import Calibration, Similarity
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.pack_parts import GateEntries, PackGate
 from knnmoe.runtime.pack_tensors import prepare_keys
+from knnmoe.runtime.projection import ProjectedKeys
 from knnmoe.runtime.stored_values import store_values
 
 from .compress import StoredAs
-from .recall import Exact, Keys, correction, principal, project_keys, search_by, turned
+from .recall import (
+    RESTORED,
+    Exact,
+    Keys,
+    Widths,
+    correction,
+    graded_parts,
+    principal,
+    project_keys,
+    scored,
+    turned,
+)
 from .recorded import GateInputs
 
 QUERIES = 192
@@ -130,21 +143,34 @@ def values_of(entries: GateEntries, pack: MemoryPack) -> NDArray[np.float32]:
     return values if pack.variant == "residual" else values + entries.router_logits
 
 
+def probe_scan(probe: Probe, width: int, bits: int) -> ProjectedKeys:
+    """The keys as they are scanned."""
+    return project_keys(probe.exact.among, turned(probe.directions, width, 0), bits)
+
+
+def probe_graded(probe: Probe, widths: Widths) -> list[ProjectedKeys]:
+    """What graded keys are the sum of."""
+    matrices = graded_parts(probe.directions, widths, 0)
+    return [project_keys(probe.exact.among, *part) for part in matrices]
+
+
 def probe_keys(
-    probe: Probe, width: int, bits: int, candidates: int, kinds: tuple[Keys, ...]
-) -> dict[Keys, KeysFound]:
-    """Of keys that are scanned so, by how they are kept."""
-    right = probe.right()
-    scan = project_keys(probe.exact.among, turned(probe.directions, width, 0), bits)
-    found = {}
-    for kind in kinds:
-        ids, products = search_by(probe.exact, scan, candidates, kind)
-        if kind == "projected":
-            products = products * correction(probe.exact, products)
-        answers = probe.answers(ids, products, probe.values)
-        same = (probe.exact.nearest[:, :, None] == ids[:, None, :]).any(axis=2)
-        found[kind] = KeysFound(float(same.mean()), _error(answers, right))
-    return found
+    probe: Probe, candidates: NDArray[np.int64], kind: Keys, parts: Sequence[ProjectedKeys]
+) -> KeysFound:
+    """Of keys that are kept so.
+
+    Args:
+        probe: The probe.
+        candidates: [T, R] that a scan found.
+        kind: How keys are kept.
+        parts: Of projected or graded keys, what they are the sum of.
+    """
+    ids, products = scored(probe.exact, candidates, kind, parts)
+    if kind in RESTORED:
+        products = products * correction(probe.exact, products)
+    answers = probe.answers(ids, products, probe.values)
+    same = (probe.exact.nearest[:, :, None] == ids[:, None, :]).any(axis=2)
+    return KeysFound(float(same.mean()), _error(answers, probe.right()))
 
 
 def probe_values(probe: Probe, kind: StoredAs) -> float:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.calibration import Similarity
+from knnmoe.runtime.compressed_files import widths_are_possible
 from knnmoe.runtime.projection import (
+    WIDTH_STEP,
     ProjectedKeys,
     encode,
     projected_products,
     round_projection,
 )
 
-Keys = Literal["as-stored", "fp16", "int8", "projected"]
+Keys = Literal["as-stored", "fp16", "int8", "projected", "graded"]
 KEYS: tuple[Keys, ...] = get_args(Keys)
+RESTORED: tuple[Keys, ...] = ("projected", "graded")
+Widths = tuple[int, int]  # directions of graded keys in 8 and in 4 bits
 _TOGETHER = 64  # queries
 
 Floats = NDArray[np.floating[Any]]
@@ -112,12 +117,23 @@ class Searched:
 
 
 def measure_search(
-    exact: Exact, matrix: Floats, bits: int, candidates: int, keys: Keys
+    exact: Exact,
+    matrix: Floats,
+    bits: int,
+    candidates: int,
+    keys: Keys,
+    graded: Sequence[tuple[Floats, int]] = (),
 ) -> Searched:
-    """Search in both stages: R candidates by a projection P [W, D], scored by the keys kept."""
-    returned, products = search_by(exact, project_keys(exact.among, matrix, bits), candidates, keys)
+    """Search in both stages: R candidates by a projection P [W, D], scored by the keys kept.
+
+    `graded`: matrices and bits of graded keys.
+    """
+    scan = project_keys(exact.among, matrix, bits)
+    parts = [project_keys(exact.among, *part) for part in graded]
+    among = scanned(exact, scan, candidates)
+    returned, products = scored(exact, among, keys, parts or [scan])
     kept = (exact.nearest[:, :, None] == returned[:, None, :]).any(axis=2).mean()
-    return Searched(float(kept), correction(exact, products) if keys == "projected" else 1.0)
+    return Searched(float(kept), correction(exact, products) if keys in RESTORED else 1.0)
 
 
 def correction(exact: Exact, products: Floats) -> float:
@@ -126,32 +142,60 @@ def correction(exact: Exact, products: Floats) -> float:
     return float(exact.nearest_products().sum()) / total if total > 0 else 1.0
 
 
-def search_by(
-    exact: Exact, scan: ProjectedKeys, candidates: int, keys: Keys
+def scanned(exact: Exact, scan: ProjectedKeys, candidates: int) -> NDArray[np.int64]:
+    """The first stage: R candidates [T, R]."""
+    best = []
+    for piece in _some(exact.queries):
+        scores = exact.scores(projected_products(piece, scan, int8_queries=True))
+        best.append(_best(scores, min(candidates, scores.shape[1])))
+    return np.concatenate(best)
+
+
+def scored(
+    exact: Exact, candidates: NDArray[np.int64], keys: Keys, parts: Sequence[ProjectedKeys]
 ) -> tuple[NDArray[np.int64], Floats]:
-    """What a search in both stages returns [T, K], and the inner products by the keys kept.
+    """The second stage: what it returns [T, K], and the inner products by the keys kept.
 
     Args:
         exact: The queries, and the keys in full.
-        scan: These projected.
-        candidates: R.
-        keys: What the candidates are scored by.
+        candidates: [T, R].
+        keys: What these are scored by.
+        parts: Of projected or graded keys, what they are the sum of.
     """
     count = exact.nearest.shape[1]
-    among = _rounded(exact.among) if keys == "int8" else exact.among
     ids, found = [], []
-    for piece in _some(exact.queries):
-        scanned = exact.scores(projected_products(piece, scan, int8_queries=True))
-        best = _best(scanned, min(candidates, scanned.shape[1]))
-        products = np.einsum("td,trd->tr", piece, among[best])
-        if keys == "projected":
-            whole = projected_products(piece, scan, int8_queries=False)
-            products = np.take_along_axis(whole, best, axis=1)
-        scores, products = exact.of_some(products, best)
+    for start, piece in zip(
+        range(0, len(candidates), _TOGETHER), _some(exact.queries), strict=True
+    ):
+        best = candidates[start : start + _TOGETHER]
+        if keys in RESTORED:
+            rows = sum((part.restored(best) for part in parts[1:]), start=parts[0].restored(best))
+        else:
+            rows = _rounded(exact.among[best]) if keys == "int8" else exact.among[best]
+        scores, products = exact.of_some(np.einsum("td,trd->tr", piece, rows), best)
         order = _best(scores, count)
         ids.append(np.take_along_axis(best, order, axis=1))
         found.append(np.take_along_axis(products, order, axis=1))
     return np.concatenate(ids), np.concatenate(found)
+
+
+def graded_widths(size: int) -> tuple[Widths, ...]:
+    """Widths of graded keys that are tried of keys of D elements."""
+
+    def steps(share: float) -> int:
+        return max(WIDTH_STEP, round(share * size / WIDTH_STEP) * WIDTH_STEP)
+
+    pairs = {
+        (steps(fine), steps(whole) - steps(fine))
+        for fine, whole in product((1 / 8, 1 / 4, 1 / 2), (1 / 4, 1 / 2, 3 / 4, 1))
+    }
+    return tuple(sorted(pair for pair in pairs if widths_are_possible(pair, size)))
+
+
+def graded_parts(directions: Floats, widths: Widths, seed: int) -> list[tuple[Floats, int]]:
+    """Matrices [F, D] and [C, D] of graded keys with their bits: the widest directions in 8."""
+    fine, coarse = widths
+    return [(turned(directions, fine, seed), 8), (turned(directions[fine:], coarse, seed), 4)]
 
 
 def principal(keys: Floats) -> Floats:
@@ -180,8 +224,8 @@ def _best(scores: Floats, count: int) -> NDArray[np.int64]:
 
 
 def _rounded(keys: Floats) -> Floats:
-    """Keys [N, D] in steps of a 127th of the largest element of each."""
-    largest = np.abs(keys).max(axis=1, keepdims=True)
+    """Keys [..., D] in steps of a 127th of the largest element of each."""
+    largest = np.abs(keys).max(axis=-1, keepdims=True)
     steps = np.where(largest > 0, largest, 1) / 127
     rounded: Floats = (np.rint(keys / steps) * steps).astype(np.float32)
     return rounded

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from knnmoe.runtime.calibration import Variant
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.pack_parts import GateEntries, PackGate
-from knnmoe.runtime.projection import SCAN_BITS, WIDTH_STEP
+from knnmoe.runtime.projection import SCAN_BITS, WIDTH_STEP, ProjectedKeys
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.stored_values import value_types
 
@@ -21,21 +21,24 @@ from .compress import CompressSettings, Kept, StoredAs
 from .controls import Background
 from .costs import GateShape, held_bytes
 from .probes import (
+    KeysFound,
     Probe,
     compared_keys,
     make_probe,
     probe_entries,
+    probe_graded,
     probe_keys,
+    probe_scan,
     probe_values,
 )
-from .recall import Keys
+from .recall import Keys, Widths, graded_widths, scanned
 from .recorded import GateInputs
 from .reduce import REDUCTIONS, Credit, Reduction, credit_of, keep, merge
 
 LEAST_ENTRIES = 64  # of a gate
 SHARES = (0.5, 0.2)  # of the entries, that reductions are tried at
 PROBED_GATES = 2
-KEPT_AS: tuple[Keys, ...] = ("projected", "int8", "fp16")
+KEPT_AS: tuple[Keys, ...] = ("projected", "int8", "fp16")  # and graded
 _NAMES = {"projected": "keys projected", "int8": "int8 keys", "fp16": "fp16 keys"}
 
 
@@ -47,6 +50,7 @@ class Recipe:
         keys, width, bits, values: As in `CompressSettings`.
         share: Of each gate's entries that are left.
         reduction: How those are found; None where all are.
+        key_widths: Of graded keys.
     """
 
     keys: Keys
@@ -55,19 +59,24 @@ class Recipe:
     values: StoredAs
     share: float = 1.0
     reduction: Reduction | None = None
+    key_widths: Widths | None = None
 
     @property
     def name(self) -> str:
         """As people read it."""
-        keys = f"{_NAMES.get(self.keys, self.keys)}, scan {self.width}×{self.bits} bit"
+        kept = _NAMES.get(self.keys, self.keys)
+        if self.key_widths is not None:
+            kept = "keys {}×8 + {}×4 bit".format(*self.key_widths)
+        keys = f"{kept}, scan {self.width}×{self.bits} bit"
         less = f", {self.share:.0%} of entries by {self.reduction}" if self.reduction else ""
         return f"{keys}, {self.values} values{less}"
 
     def settings(self, candidates: int) -> CompressSettings:
         """What writes it."""
         return CompressSettings(
-            self.width, self.bits, candidates, keys=self.keys, values=self.values
-        )
+            self.width, self.bits, candidates, keys=self.keys, values=self.values,
+            key_widths=self.key_widths,
+        )  # fmt: skip
 
     def entries(self, gate: PackGate) -> int:
         """Entries of a gate that are left, at most."""
@@ -80,7 +89,7 @@ class Recipe:
         size, experts = pack.model.hidden_size, pack.model.num_experts
         return GateShape(
             self.entries(gate), size, experts, self.width, self.bits, candidates, self.keys,
-            self.values,
+            self.values, key_widths=self.key_widths,
         )  # fmt: skip
 
     def bytes(self, pack: MemoryPack, gates: Sequence[PackGate], candidates: int) -> int:
@@ -91,10 +100,13 @@ class Recipe:
 def recipes(pack: MemoryPack, *, reductions: Sequence[Reduction] = REDUCTIONS) -> list[Recipe]:
     """All that are considered, the shares of their entries still open."""
     kinds = value_types(pack.model.num_experts)
+    size = pack.model.hidden_size
+    ways: list[tuple[Keys, Widths | None]] = [(keys, None) for keys in KEPT_AS]
+    ways += [("graded", each) for each in graded_widths(size)]
     return [
-        Recipe(keys, width, bits, values, 1.0, reduction)
-        for keys, width, bits, values, reduction in product(
-            KEPT_AS, widths(pack.model.hidden_size), SCAN_BITS, kinds, (None, *reductions)
+        Recipe(keys, width, bits, values, 1.0, reduction, graded)
+        for (keys, graded), width, bits, values, reduction in product(
+            ways, widths(size), SCAN_BITS, kinds, (None, *reductions)
         )
     ]
 
@@ -226,29 +238,59 @@ class Prober:
             make_probe(pack, gate, entries, asked.get(gate.gate)) for gate, entries in self._entries
         ]
         self._keys = cache(self._probe_keys)
+        self._graded = cache(self._probe_graded)
+        self._scans: dict[tuple[int, int, int], NDArray[np.int64]] = {}
         self._values = cache(self._probe_values)
         self._reduced = cache(self._probe_reduced)
 
     def probed(self, recipe: Recipe) -> Probed:
         """Of a recipe."""
-        keys = self._keys(recipe.width, recipe.bits)[recipe.keys]
-        error = keys[1] + self._values(recipe.values)
+        scan = (recipe.width, recipe.bits)
+        keys = (
+            self._keys(scan)[recipe.keys]
+            if recipe.key_widths is None
+            else (self._graded(recipe.key_widths)[scan])
+        )
+        error = keys.error + self._values(recipe.values)
         if recipe.reduction is not None:
             shares = np.log(np.array([0.01, *SHARES[::-1], 1.0]))
             errors = [self._reduced(recipe.reduction, share) for share in SHARES[::-1]]
             points = [max(1.0, errors[0]), *errors, 0.0]
             error += float(np.interp(np.log(max(recipe.share, 1e-3)), shares, points))
-        return Probed(float(error), keys[0])
+        return Probed(float(error), keys.recall)
 
-    def _probe_keys(self, width: int, bits: int) -> dict[Keys, tuple[float, float]]:
-        found = [probe_keys(p, width, bits, self._candidates, KEPT_AS) for p in self._probes]
-        return {
-            kind: (
-                float(np.mean([one[kind].recall for one in found])),
-                float(np.mean([one[kind].error for one in found])),
-            )
-            for kind in KEPT_AS
-        }
+    def _probe_keys(self, scan: tuple[int, int]) -> dict[Keys, KeysFound]:
+        """Of a width and bits that are scanned, by how keys are kept."""
+        found: dict[Keys, list[KeysFound]] = {kind: [] for kind in KEPT_AS}
+        for number, probe in enumerate(self._probes):
+            keys = probe_scan(probe, *scan)
+            candidates = self._candidates_of(number, scan, keys)
+            for kind in KEPT_AS:
+                found[kind].append(probe_keys(probe, candidates, kind, [keys]))
+        return {kind: _mean(each) for kind, each in found.items()}
+
+    def _probe_graded(self, key_widths: Widths) -> dict[tuple[int, int], KeysFound]:
+        """Of graded keys, by width and bits that are scanned: they are made once for all."""
+        found: dict[tuple[int, int], list[KeysFound]] = {}
+        size = self._pack.model.hidden_size
+        for number, probe in enumerate(self._probes):
+            parts = probe_graded(probe, key_widths)
+            for scan in product(widths(size), SCAN_BITS):
+                candidates = self._candidates_of(number, scan)
+                each = probe_keys(probe, candidates, "graded", parts)
+                found.setdefault(scan, []).append(each)
+        return {scan: _mean(each) for scan, each in found.items()}
+
+    def _candidates_of(
+        self, number: int, scan: tuple[int, int], keys: ProjectedKeys | None = None
+    ) -> NDArray[np.int64]:
+        """What a probe's scan finds, kept: it takes longer than to score what it found."""
+        name = (number, *scan)
+        if name not in self._scans:
+            probe = self._probes[number]
+            keys = probe_scan(probe, *scan) if keys is None else keys
+            self._scans[name] = scanned(probe.exact, keys, self._candidates)
+        return self._scans[name]
 
     def _probe_values(self, kind: StoredAs) -> float:
         return float(np.mean([probe_values(probe, kind) for probe in self._probes]))
@@ -260,6 +302,13 @@ class Prober:
             left = self._reducer.reduce(gate, entries, recipe).entries
             errors.append(probe_entries(probe, left, self._pack))
         return float(np.mean(errors))
+
+
+def _mean(found: Sequence[KeysFound]) -> KeysFound:
+    """Of the gates probed."""
+    return KeysFound(
+        float(np.mean([one.recall for one in found])), float(np.mean([one.error for one in found]))
+    )
 
 
 def short_list(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnmoe.runtime.blend import GateMemory, inner_products, rank, token_evidence
+from knnmoe.runtime.compressed_files import RESTORED
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.pack_parts import PackGate
 from knnmoe.runtime.pack_tensors import prepare_keys
@@ -89,7 +90,7 @@ def _gate(pack: MemoryPack, gate: PackGate, documents: NDArray[np.int32] | None)
         documents = np.arange(gate.entries, dtype=np.int32)
     background = documents < 0
     logits, residuals = float("nan"), float("nan")  # unless the pack still tells them apart
-    if gate.values is None and gate.keys != "projected":
+    if gate.values is None and gate.keys not in RESTORED:
         entries = pack.read(gate)
         logits, residuals = _rms(entries.router_logits), _rms(entries.residuals[~background])
     keys, scales = prepare_keys(own_keys, center, pack.similarity)

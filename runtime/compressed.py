@@ -1,8 +1,10 @@
 """A gate's memory as a compressed pack holds it: keys as stored, and projected ones to scan.
 
 The keys may be mapped from their file: of 100,000 entries a step reads some dozen. Without full
-keys the projected ones stand for them: a key is then Pᵀ times its code, and still divided by the
-length that the key itself had, so that what the projection left out counts as dissimilar.
+keys projected ones stand for them: a key is then Pᵀ times its code, and still divided by the
+length that the key itself had, so that what the projection left out counts as dissimilar. These are
+the ones that are scanned, or graded ones: two projections to directions of their own, the widest
+in 8 bits and others in 4, whose sum is the key.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class CompressedMemory:
 
     Attributes:
         keys: [N, D] as stored: fp16 or fp32 router inputs, or int8 steps from the centre; None
-            where projected keys are all there is.
+            where projected keys stand for them.
         multipliers: [N, 1] fp32: what a centred key (int8: a row of steps; projected: a row of
             code steps) is multiplied with to be what queries are compared with.
         norms: [N] fp32: squared length of that.
@@ -35,6 +37,8 @@ class CompressedMemory:
         values: [N, E] fp32, or as they are stored.
         n_valid, k, center, calibration, similarity, rule_first, evidence_weights: As in
             `GateMemory`.
+        parts: Of graded keys: projections whose sum is the key but for its multiplier; empty where
+            there are none.
     """
 
     keys: NDArray[Any] | None
@@ -51,6 +55,7 @@ class CompressedMemory:
     similarity: Similarity
     rule_first: bool
     evidence_weights: NDArray[np.float32] | None = None
+    parts: tuple[ProjectedKeys, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -75,6 +80,9 @@ class CompressedMemory:
         return kept
 
     def _shifted(self, entries: Any) -> NDArray[np.float32]:
+        if self.parts:
+            rows = [part.restored(entries) for part in self.parts]
+            return sum(rows[1:], start=rows[0])
         if self.keys is None:
             steps = decode(
                 self.scan.codes[entries].reshape(-1, self.scan.codes.shape[1]), self.scan.bits
@@ -143,7 +151,6 @@ def first_entries(memory: Memory | None, count: int) -> Memory | None:
         "evidence_weights": None if weights is None else weights[kept],
     }
     if isinstance(memory, CompressedMemory):
-        scan = replace(memory.scan, codes=memory.scan.codes[kept], scales=memory.scan.scales[kept])
         return replace(
             memory,
             **common,
@@ -151,7 +158,8 @@ def first_entries(memory: Memory | None, count: int) -> Memory | None:
             multipliers=memory.multipliers[kept],
             norms=memory.norms[kept],
             lengths=memory.lengths[kept],
-            scan=scan,
+            scan=memory.scan.of(kept),
+            parts=tuple(part.of(kept) for part in memory.parts),
         )
     return replace(memory, **common, keys=memory.keys[kept], key_scales=memory.key_scales[kept])
 

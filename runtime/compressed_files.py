@@ -8,7 +8,7 @@ pack was written before lengths were stored, all keys are looked through, a piec
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,11 +22,12 @@ from .projection import WIDTH_STEP, ProjectedKeys, decode
 from .stored_values import BITS, StoredValues, ValueType, groups_of
 
 COMPRESS_AGAIN = "Compress the memory again with `knnmoe memory compress`."
-SCAN_TENSORS = ("scan_projection", "scan_projection_scales", "scan_codes", "scan_scales")
 VALUE_TENSORS = ("values", "value_steps", "value_lows")
 # What stands for an entry's key in the exact stage; `full`: fp16 or fp32, as it was built.
-KeyKind = Literal["full", "int8", "projected"]
+KeyKind = Literal["full", "int8", "projected", "graded"]
 KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
+RESTORED: tuple[KeyKind, ...] = ("projected", "graded")  # of which no full keys are stored
+PARTS = {"fine": 8, "coarse": 4}  # of graded keys, and their bits
 # What is stored of the values: one of these instead of router logits and residuals.
 ValuesOf = Literal["learned", "residuals"]
 VALUES_OF: tuple[ValuesOf, ...] = get_args(ValuesOf)
@@ -70,14 +71,33 @@ def scan_specs(
     statement: ScanStatement, entries: int, size: int
 ) -> Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shapes and dtypes of the tensors of a projection, and of what is stored for its sake."""
-    width = statement.width
     lengths = {KEY_LENGTHS: ((entries,), ("F32",))} if statement.lengths else {}
-    return lengths | {
-        "scan_projection": ((width, size), ("I8",)),
-        "scan_projection_scales": ((width,), ("F32",)),
-        "scan_codes": ((entries, width * statement.bits // 8), ("U8",)),
-        "scan_scales": ((entries,), ("F32",)),
+    return lengths | projection_specs("scan", entries, size, statement.width, statement.bits)
+
+
+def projection_specs(
+    name: str, entries: int, size: int, width: int, bits: int
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shapes and dtypes of the tensors of projected keys."""
+    shapes = ((width, size), (width,), (entries, width * bits // 8), (entries,))
+    return {
+        tensor: (shape, (dtype,))
+        for tensor, shape, dtype in zip(
+            projection_tensors(name), shapes, ("I8", "F32", "U8", "F32"), strict=True
+        )
     }
+
+
+def projection_tensors(name: str) -> tuple[str, ...]:
+    """Names of the tensors of projected keys, in the order of `ProjectedKeys`."""
+    return tuple(
+        f"{name}_{part}" for part in ("projection", "projection_scales", "codes", "scales")
+    )
+
+
+def taken_projection(tensors: dict[str, Any], name: str) -> ProjectedKeys:
+    """Takes the tensors of projected keys out of those of a gate's file."""
+    return ProjectedKeys(*(tensors.pop(tensor) for tensor in projection_tensors(name)))
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,15 @@ def stored_values(tensors: dict[str, Any], experts: int) -> StoredValues:
 def width_is_possible(width: int, size: int) -> bool:
     """Whether keys of D elements can be projected to W."""
     return width % WIDTH_STEP == 0 and 0 < width <= size and size % WIDTH_STEP == 0
+
+
+def widths_are_possible(widths: Sequence[int], size: int) -> bool:
+    """Whether keys of D elements can be graded so: F directions in 8 bits, C in 4."""
+    return (
+        len(widths) == len(PARTS)
+        and all(width_is_possible(width, size) for width in widths)
+        and sum(widths) <= size
+    )
 
 
 def map_tensor(path: Path, name: str) -> NDArray[Any]:
@@ -204,11 +233,14 @@ def _pieces(path: Path, name: str) -> Iterator[NDArray[Any]]:
             yield np.fromfile(file, mapped.dtype, shape[0] * shape[1]).reshape(shape)
 
 
-def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32] | None) -> None:
+def check_scan(
+    path: Path, scan: ProjectedKeys, centred: NDArray[np.float32] | None, name: str = "scan"
+) -> None:
     """Raise `MemoryPackError` unless the projection is one, and of these keys.
 
     Args:
         path: The gate's file.
+        name: Of the projection in it.
         scan: Finite, of the right shapes.
         centred: [N', D] fp32: the keys of `sampled(N)`, minus the centre; None where the pack has
             no other keys than the projected ones.
@@ -217,7 +249,7 @@ def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32] | N
     skew = float(np.abs(matrix @ matrix.T - np.eye(scan.width, dtype=np.float32)).max())
     if not skew <= _SKEW:
         raise MemoryPackError(
-            f"{path}: scan_projection", "its rows are not orthonormal",
+            f"{path}: {name}_projection", "its rows are not orthonormal",
             expected=f"products within {_SKEW:g} of 0 and 1", found=f"off by {skew:.3g}",
             fix=COMPRESS_AGAIN,
         )  # fmt: skip
@@ -229,7 +261,7 @@ def check_scan(path: Path, scan: ProjectedKeys, centred: NDArray[np.float32] | N
     off = float(np.linalg.norm(stored - right) / max(float(np.linalg.norm(right)), 1e-30))
     if not off <= _OFF:
         raise MemoryPackError(
-            f"{path}: scan_codes", "not the projection of the keys",
+            f"{path}: {name}_codes", "not the projection of the keys",
             expected=f"a relative error of at most {_OFF:g}", found=f"{off:.3g}",
             fix=COMPRESS_AGAIN,
         )  # fmt: skip

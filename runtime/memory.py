@@ -30,13 +30,15 @@ from .calibration import (
 from .compressed import CompressedMemory, Memory
 from .compressed_files import (
     KEY_LENGTHS,
-    SCAN_TENSORS,
+    PARTS,
+    RESTORED,
     check_lengths,
     check_scan,
     key_lengths,
     map_tensor,
     sampled,
     stored_values,
+    taken_projection,
 )
 from .errors import MemoryPackError, SettingError
 from .manifest import Fields
@@ -53,7 +55,6 @@ from .pack_files import (
 from .pack_manifest import KIND, OLDER, parse_file, parse_gate, parse_model
 from .pack_parts import Array, EntryOrigins, GateEntries, ModelIdentity, PackGate
 from .pack_tensors import gate_specs, prepare_keys, read_gate, read_origins
-from .projection import ProjectedKeys, decode
 from .routing import RoutingRule
 from .stored_values import Values, dense
 
@@ -189,7 +190,7 @@ class MemoryPack:
             MemoryPackError: If the file is damaged, or compressing has left nothing to tell the
                 router's logits from what was learned, or full keys from projected ones.
         """
-        if gate.values is not None or gate.keys == "projected":
+        if gate.values is not None or gate.keys in RESTORED:
             raise MemoryPackError(
                 self.path,
                 f"gate {gate.gate} no longer has what it was compressed from",
@@ -275,7 +276,7 @@ class MemoryPack:
             rule: The model's; the `assignment` variant applies it to the learned logits.
             selection_bias: [E], of this gate, where the rule has one.
         """
-        if gate.keys == "projected":
+        if gate.keys in RESTORED:
             return self._compressed_memory(gate, rule, selection_bias).widened()
         whole, center, tensors = read_gate(self.path, gate, self.model)
         keys, scales = prepare_keys(whole, center, self.similarity)
@@ -348,12 +349,14 @@ class MemoryPack:
         assert gate.scan is not None
         path = self.path / gate.stored.file
         tensors = read_tensors(path, gate_specs(gate, self.model), leave=("keys",))
-        scan = ProjectedKeys(*(tensors.pop(name) for name in SCAN_TENSORS))
+        scan = taken_projection(tensors, "scan")
+        parts = tuple(taken_projection(tensors, name) for name in PARTS if gate.key_widths)
         center = tensors.pop("center")
         keys: Array | None = None
         multipliers: Array
-        if gate.keys == "projected":
-            lengths, multipliers = tensors.pop(KEY_LENGTHS), scan.scales
+        if gate.keys in RESTORED:
+            lengths = tensors.pop(KEY_LENGTHS)
+            multipliers = np.ones_like(lengths) if parts else scan.scales
         else:
             steps = tensors.pop("key_steps", None)
             keys = map_tensor(path, "keys")
@@ -363,7 +366,9 @@ class MemoryPack:
             multipliers = np.ones_like(lengths) if steps is None else steps
         norms = lengths**2
         if self.similarity == "cosine":
-            multipliers = multipliers / np.where(lengths > 0, lengths, np.float32(1))
+            divisors = np.where(lengths > 0, lengths, np.float32(1)).astype(np.float32)
+            parts = tuple(replace(part, scales=part.scales / divisors) for part in parts)
+            multipliers = multipliers if parts else multipliers / divisors
             norms = (lengths > 0).astype(np.float32)
         memory = CompressedMemory(
             keys=keys,
@@ -380,21 +385,24 @@ class MemoryPack:
             similarity=self.similarity,
             rule_first=self.variant == "assignment",
             evidence_weights=self._evidence_weights(gate),
+            parts=parts,
         )
-        drawn = None if keys is None else memory.centred(sampled(gate.entries))
-        if gate.scan.lengths or gate.keys == "projected":
-            check_lengths(path, lengths, drawn)
+        drawn = None if gate.keys == "projected" else memory.centred(sampled(gate.entries))
+        if gate.scan.lengths or gate.keys in RESTORED:
+            check_lengths(path, lengths, None if keys is None else drawn)
+        for part, name in zip(parts, PARTS, strict=False):
+            check_scan(path, part, None, name)
         check_scan(path, scan, drawn)
         return memory
 
     def read_keys(self, gate: PackGate) -> tuple[Array, NDArray[np.float32]]:
         """Keys [N, D] as far as they are kept, not yet minus the centre, and the centre [D]."""
-        if gate.keys != "projected":
+        if gate.keys not in RESTORED:
             return read_gate(self.path, gate, self.model)[:2]
         tensors = read_tensors(self.path / gate.stored.file, gate_specs(gate, self.model))
-        scan = ProjectedKeys(*(tensors[name] for name in SCAN_TENSORS))
-        steps = decode(scan.codes, scan.bits) * scan.scales[:, None]
-        return steps @ scan.matrix() + tensors["center"], tensors["center"]
+        names = tuple(PARTS) if gate.key_widths else ("scan",)
+        rows = sum(taken_projection(tensors, name).restored() for name in names)
+        return rows + tensors["center"], tensors["center"]
 
     def serves(self, variant: Variant) -> bool:
         """Whether the values of a variant can be made of what the pack holds."""

@@ -8,12 +8,14 @@ from .bundle import MAX_DIMENSION, MAX_GATES
 from .calibration import MAX_NEIGHBORS, SIMILARITIES, Calibration, Similarity
 from .compressed_files import (
     KEY_KINDS,
+    RESTORED,
     VALUES_OF,
     KeyKind,
     ScanStatement,
     ValuesOf,
     ValuesStatement,
     width_is_possible,
+    widths_are_possible,
 )
 from .errors import MemoryPackError, SettingError
 from .manifest import Fields, ManifestKind
@@ -52,7 +54,7 @@ def parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
     """One covered gate, within what a model of this shape can have."""
     entry.only(
         "gate", "file", "sha256", "size", "entries", "calibration",
-        optional=("keys", "scan", "used", "values"),
+        optional=("key_widths", "keys", "scan", "used", "values"),
     )  # fmt: skip
     try:
         calibration = Calibration.from_json(entry.object("calibration").content)
@@ -66,7 +68,7 @@ def parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
         ) from error
     keys = entry.text("keys", choices=KEY_KINDS[1:]) if entry.has("keys") else "full"
     scan = _parse_scan(entry.object("scan"), model) if entry.has("scan") else None
-    if keys == "projected" and scan is None:
+    if keys in RESTORED and scan is None:
         raise entry.wrong("keys", "are projected by nothing", expected="a scan", found=keys)
     return PackGate(
         gate=entry.integer("gate", 0, model.num_gates - 1),
@@ -75,9 +77,23 @@ def parse_gate(entry: Fields, model: ModelIdentity) -> PackGate:
         calibration=calibration,
         scan=scan,
         keys=cast(KeyKind, keys),
+        key_widths=_parse_widths(entry, model) if keys == "graded" else (),
         values=_parse_values(entry.object("values"), model) if entry.has("values") else None,
         used=entry.boolean("used") if entry.has("used") else True,
     )
+
+
+def _parse_widths(entry: Fields, model: ModelIdentity) -> tuple[int, ...]:
+    found = entry.content.get("key_widths")
+    whole = isinstance(found, list) and all(type(width) is int for width in found)
+    widths = tuple(found) if isinstance(found, list) and whole else ()
+    if not widths_are_possible(widths, model.hidden_size):
+        raise entry.wrong(
+            "key_widths", "are not those of graded keys",
+            expected=f"two multiples of {WIDTH_STEP} with a sum up to {model.hidden_size}",
+            found=found,
+        )  # fmt: skip
+    return widths
 
 
 def _parse_values(entry: Fields, model: ModelIdentity) -> ValuesStatement:

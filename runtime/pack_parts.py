@@ -87,7 +87,8 @@ class StoredTensors:
 class PackGate:
     """One covered gate: its file, how many entries it has, how its similarity is used.
 
-    `scan`, `keys` and `values` say what compressing added and changed.
+    `scan`, `keys` and `values` say what compressing added and changed, `key_widths` how many
+    directions of graded keys are in 8 and in 4 bits.
     A gate that is not `used` is left to the frozen router; its file stays.
     """
 
@@ -97,5 +98,6 @@ class PackGate:
     calibration: Calibration
     scan: ScanStatement | None = None
     keys: KeyKind = "full"
+    key_widths: tuple[int, ...] = ()
     values: ValuesStatement | None = None
     used: bool = True

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from .blend import unit_rows
 from .calibration import Similarity
-from .compressed_files import KEY_LENGTHS, SCAN_TENSORS, scan_specs, value_specs
+from .compressed_files import (
+    KEY_LENGTHS,
+    PARTS,
+    RESTORED,
+    projection_specs,
+    projection_tensors,
+    scan_specs,
+    value_specs,
+)
 from .errors import MemoryPackError
 from .pack_files import REBUILD, TensorSpecs, read_tensors
 from .pack_parts import Array, EntryOrigins, ModelIdentity, PackGate
@@ -24,12 +32,14 @@ def gate_specs(gate: PackGate, model: ModelIdentity) -> TensorSpecs:
     specs: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
         "center": ((size,), floats),
     }
-    if gate.keys == "projected":
+    if gate.keys in RESTORED:
         specs[KEY_LENGTHS] = ((entries,), ("F32",))
     else:
         specs["keys"] = ((entries, size), ("I8",) if gate.keys == "int8" else floats)
     if gate.keys == "int8":
         specs["key_steps"] = ((entries,), ("F32",))
+    for (name, bits), width in zip(PARTS.items(), gate.key_widths, strict=False):
+        specs |= projection_specs(name, entries, size, width, bits)
     if gate.values is None:
         both = dict.fromkeys(("router_logits", "residuals"), ((entries, experts), floats))
         specs |= both
@@ -49,7 +59,7 @@ def read_gate(
         MemoryPackError: If the file holds anything else than the manifest states.
     """
     path = root / gate.stored.file
-    leave = (*SCAN_TENSORS, KEY_LENGTHS)
+    leave = (*projection_tensors("scan"), KEY_LENGTHS)
     tensors = read_tensors(path, gate_specs(gate, model), leave=leave)
     steps = tensors.pop("key_steps", None)
     if steps is not None:

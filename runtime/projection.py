@@ -15,7 +15,7 @@ outside of the W directions is counted in it. docs/formats.md has the tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,18 @@ class ProjectedKeys:
     def matrix(self) -> NDArray[np.float32]:
         """P [W, D] fp32."""
         return self.projection * self.projection_scales[:, None]
+
+    def of(self, entries: Any) -> ProjectedKeys:
+        """Of some entries, given by an array of their numbers or a slice."""
+        return replace(self, codes=self.codes[entries], scales=self.scales[entries])
+
+    def restored(self, entries: Any = slice(None)) -> NDArray[np.float32]:
+        """Pᵀ · code · scale [..., D] of some entries."""
+        codes = self.codes[entries]
+        steps = decode(codes.reshape(-1, codes.shape[-1]), self.bits).astype(np.float32)
+        steps *= self.scales[entries].reshape(-1, 1)
+        rows: NDArray[np.float32] = steps @ self.matrix()
+        return rows.reshape(*codes.shape[:-1], self.projection.shape[1])
 
 
 def round_projection(matrix: Floats) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

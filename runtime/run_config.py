@@ -151,9 +151,8 @@ def taken(memory: Memory, rows: NDArray[np.int64]) -> Memory:
             multipliers=memory.multipliers[rows],
             norms=memory.norms[rows],
             lengths=memory.lengths[rows],
-            scan=replace(
-                memory.scan, codes=memory.scan.codes[rows], scales=memory.scan.scales[rows]
-            ),
+            scan=memory.scan.of(rows),
+            parts=tuple(part.of(rows) for part in memory.parts),
         )
     return replace(memory, **kept, keys=memory.keys[rows], key_scales=memory.key_scales[rows])
 

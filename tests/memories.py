@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from knnmoe.calibration.recall import principal, project_keys, turned
+from knnmoe.calibration.recall import (
+    Widths,
+    graded_parts,
+    principal,
+    project_keys,
+    turned,
+)
 from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration, Similarity
 from knnmoe.runtime.compressed import CompressedMemory
@@ -84,6 +90,7 @@ def random_compressed(
     n_valid: int | None = None,
     similarity: Similarity = "cosine",
     dtype: Any = np.float16,
+    graded: Widths | None = None,
     stored_values: ValueType | None = None,
     bits: int = 8,
     width: int = 32,
@@ -95,7 +102,7 @@ def random_compressed(
 ) -> CompressedMemory:
     """A compressed memory of random entries far from the origin, as `random_memory` otherwise.
 
-    Its keys are of `dtype`, None for projected ones alone.
+    Its keys are of `dtype`, None for projected ones alone, those that are scanned or `graded` ones.
     """
     rng = np.random.default_rng(seed)
     spread = np.arange(1, hidden_size + 1) ** -0.7
@@ -112,9 +119,15 @@ def random_compressed(
     centred = (keys.astype(np.float32) - shift) * steps[:, None]
     lengths = np.linalg.norm(centred, axis=1).astype(np.float32)
     scan = project_keys(centred, turned(principal(centred), width, seed), bits)
+    cosine = similarity == "cosine"
+    parts = []
+    for matrix, part_bits in graded_parts(principal(centred), graded, seed) if graded else ():
+        part = project_keys(centred, matrix, part_bits)
+        parts.append(replace(part, scales=part.scales / lengths) if cosine else part)
     if dtype is None:
         keys, steps = None, scan.scales
-    cosine = similarity == "cosine"
+    if graded:  # whose parts have sizes of their own
+        steps = lengths if cosine else np.ones_like(lengths)
     values: Any = rng.normal(size=(entries, num_experts)).astype(np.float32)
     values = np.abs(values) if rule_first else values
     return CompressedMemory(
@@ -132,4 +145,5 @@ def random_compressed(
         similarity=similarity,
         rule_first=rule_first,
         evidence_weights=rng.choice([0, 0.5, 1], entries).astype(np.float32) if weighted else None,
+        parts=tuple(parts),
     )

@@ -6,6 +6,7 @@ because ONNX's operators on bits are newer than the graphs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..compressed import CompressedMemory
 from ..engines.onnx_bytes import FLOAT, NodeList
+from ..projection import ProjectedKeys
 from ..stored_values import StoredValues, Values
 
 
@@ -20,33 +22,70 @@ def key_inputs(memory: CompressedMemory) -> dict[str, NDArray[Any]]:
     """What `append_keys` reads beside the entries."""
     if memory.keys is not None:
         return {"keys": memory.keys}
-    scan = memory.scan
-    return {
-        "key_codes": scan.codes,
-        "key_directions": scan.projection,
-        "key_direction_scales": scan.projection_scales,
-    }
+    inputs: dict[str, NDArray[Any]] = {}
+    for name, part in _projections(memory).items():
+        inputs |= {
+            f"{name}_codes": part.codes,
+            f"{name}_directions": part.projection,
+            f"{name}_direction_scales": part.projection_scales,
+        }
+        if memory.parts:
+            inputs[f"{name}_sizes"] = part.scales
+    return inputs
+
+
+def _projections(memory: CompressedMemory) -> dict[str, ProjectedKeys]:
+    """What stands for full keys, by the name of its inputs."""
+    if not memory.parts:
+        return {"key": memory.scan}
+    return {f"part_{number}": part for number, part in enumerate(memory.parts)}
 
 
 def append_keys(g: NodeList, memory: CompressedMemory, entries: str, out: str) -> str:
     """Rows of the keys of entries [T, R] but for their multipliers: `CompressedMemory.rows`."""
     if memory.keys is None:
-        steps, matrix = append_code_steps(g, memory, entries)
-        return g.op("MatMul", steps, matrix, out=out)
+        parts = append_code_steps(g, memory, entries)
+        if len(parts) == 1:
+            return g.op("MatMul", _sized(g, parts[0]), parts[0].matrix, out=out)
+        return g.op("Add", *(g.op("MatMul", _sized(g, p), p.matrix) for p in parts), out=out)
     stored = g.op("Gather", "keys", entries)
     if memory.keys.dtype == np.int8:
         return g.op("Cast", stored, to=FLOAT, out=out)
     return g.op("Sub", g.op("Cast", stored, to=FLOAT), "center", out=out)
 
 
-def append_code_steps(g: NodeList, memory: CompressedMemory, entries: str) -> tuple[str, str]:
-    """Of projected keys: steps of entries [T, R, W], and P [W, D]."""
-    bits = memory.scan.bits
-    codes = append_unpacked(g, "key_codes", entries, bits, memory.scan.width)
-    steps = g.op("Sub", codes, g.number(1 << bits - 1))
-    # Widened anew at every call: it is small, and in fp32 it would take four times as much.
-    matrix = g.op("DequantizeLinear", "key_directions", "key_direction_scales", axis=0)
-    return steps, matrix
+@dataclass(frozen=True)
+class CodeSteps:
+    """Names of what projected keys of some entries are made of.
+
+    Attributes:
+        steps: [T, R, W].
+        matrix: P [W, D].
+        sizes: [T, R] of the steps; None where the keys' multipliers have them.
+    """
+
+    steps: str
+    matrix: str
+    sizes: str | None
+
+
+def append_code_steps(g: NodeList, memory: CompressedMemory, entries: str) -> list[CodeSteps]:
+    """Of projected keys: what the keys of entries [T, R] are the sum of."""
+    found = []
+    for name, part in _projections(memory).items():
+        codes = append_unpacked(g, f"{name}_codes", entries, part.bits, part.width)
+        steps = g.op("Sub", codes, g.number(1 << part.bits - 1))
+        # Widened anew at every call: it is small, and in fp32 it would take four times as much.
+        matrix = g.op("DequantizeLinear", f"{name}_directions", f"{name}_direction_scales", axis=0)
+        sizes = g.op("Gather", f"{name}_sizes", entries) if memory.parts else None
+        found.append(CodeSteps(steps, matrix, sizes))
+    return found
+
+
+def _sized(g: NodeList, part: CodeSteps) -> str:
+    if part.sizes is None:
+        return part.steps
+    return g.op("Mul", part.steps, g.op("Unsqueeze", part.sizes, g.ints(2)))
 
 
 def value_inputs(values: Values) -> dict[str, NDArray[Any]]:

@@ -244,9 +244,12 @@ def _nearest(
 def _products(g: NodeList, memory: Memory, queries: str, entries: str) -> str:
     """Inner products of the query with R centred keys but for their multipliers, [1, R]."""
     if isinstance(memory, CompressedMemory) and memory.keys is None:
-        steps, matrix = append_code_steps(g, memory, g.op("Unsqueeze", entries, g.ints(0)))
-        projected = g.op("Gemm", queries, matrix, transB=1)
-        return g.op("Gemm", projected, g.op("Squeeze", steps, g.ints(0)), transB=1)
+        found = []
+        for part in append_code_steps(g, memory, g.op("Unsqueeze", entries, g.ints(0))):
+            projected = g.op("Gemm", queries, part.matrix, transB=1)
+            products = g.op("Gemm", projected, g.op("Squeeze", part.steps, g.ints(0)), transB=1)
+            found.append(products if part.sizes is None else g.op("Mul", products, part.sizes))
+        return found[0] if len(found) == 1 else g.op("Add", *found)
     assert memory.keys is not None
     rows = g.op("Gather", "keys", entries)
     if memory.keys.dtype != np.float32:

@@ -602,7 +602,7 @@ def all_routes(bundle: Path, pack: MemoryPack, x: Any, rows: Any) -> dict[str, A
 @pytest.mark.parametrize(
     ("keys", "values"),
     [("projected", "int4"), ("projected", "as-stored"), ("int8", "int8"), ("fp16", "fp16"),
-     ("as-stored", "int4")],
+     ("as-stored", "int4"), ("graded", "int8")],
 )  # fmt: skip
 def test_every_route_blends_the_same_widened_values(
     tiny_bundle: Path, by_similarity: Any, tmp_path: Path, keys: Any, values: Any
@@ -627,10 +627,11 @@ def test_every_route_blends_the_same_widened_values(
         )
 
 
+@pytest.mark.parametrize("keys", ["projected", "graded"])
 def test_without_full_keys_similarities_come_out_as_large_as_with_them(
-    pack: Path, tmp_path: Path
+    pack: Path, tmp_path: Path, keys: Any
 ) -> None:
-    whole, settings = MemoryPack.open(pack), CompressSettings(scan_width=32, keys="projected")
+    whole, settings = MemoryPack.open(pack), CompressSettings(scan_width=32, keys=keys)
     small = compress_pack(pack, tmp_path / "small", settings).pack
     gate = small.gates[0]
     exact, found = whole.gate_memory(whole.gates[0], RULE), small.gate_memory(gate, RULE)
@@ -642,6 +643,56 @@ def test_without_full_keys_similarities_come_out_as_large_as_with_them(
     stored = load_file(small.path / gate.stored.file)
     assert "keys" not in stored
     assert stored["key_lengths"].shape == (ENTRIES,)
+
+
+def test_graded_keys_are_nearer_to_the_keys_than_as_many_bytes_of_projected_ones(
+    pack: Path, tmp_path: Path
+) -> None:
+    whole = MemoryPack.open(pack)
+    right = whole.gate_memory(whole.gates[0], RULE).keys
+
+    def error(name: str, **settings: Any) -> float:
+        small = compress_pack(pack, tmp_path / name, CompressSettings(**settings)).pack
+        memory = small.compressed_memory(small.gates[0], RULE)
+        assert memory is not None
+        for part in memory.parts:
+            assert part.codes.nbytes == ENTRIES * 32 * part.bits // 8
+        return float(((memory.rows(slice(None)) - right) ** 2).sum())
+
+    # 48 bytes a key, and 64.
+    graded = error("graded", scan_width=32, keys="graded", key_widths=(32, 32))
+    assert graded < 0.5 * error("projected", scan_width=64, scan_bits=4, keys="projected")
+    # What is kept in 8 bits is the widest directions.
+    fine = MemoryPack.open(tmp_path / "graded").gates[0]
+    assert fine.key_widths == (32, 32)
+    tensors = load_file(tmp_path / "graded" / fine.stored.file)
+    sizes = {n: np.linalg.norm(tensors[f"{n}_scales"]) for n in ("fine", "coarse")}
+    assert tensors["fine_projection"].shape == tensors["coarse_projection"].shape == (32, SIZE)
+    assert sizes["fine"] * 127 > 3 * sizes["coarse"] * 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"keys": "graded", "key_widths": (32, 64)}, "key widths: do not fit the model"),
+        ({"keys": "graded", "key_widths": (16, 32)}, "two multiples of 32 with a sum up to 64"),
+        ({"keys": "int8", "key_widths": (32, 32)}, "key widths: are of graded keys alone"),
+    ],
+)
+def test_impossible_widths_of_graded_keys_are_refused(
+    pack: Path, tmp_path: Path, settings: Any, says: str
+) -> None:
+    with pytest.raises(SettingError, match=says):
+        compress_pack(pack, tmp_path / "small", CompressSettings(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_takes_widths_of_graded_keys(pack: Path, tmp_path: Path) -> None:
+    command = ["compress", str(pack), str(tmp_path / "small"), "--keys", "graded", "--key-widths"]
+    assert CliRunner().invoke(memory_commands, [*command, "32,thin"]).exit_code == 2
+    result = CliRunner().invoke(memory_commands, [*command, "32,32", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["key_widths"] == [32, 32]
 
 
 def test_what_a_compressed_pack_no_longer_knows_is_said(pack: Path, tmp_path: Path) -> None:
@@ -667,14 +718,29 @@ LESS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "NaN lengths": (lambda t: t["key_lengths"].__setitem__(3, np.nan), "key_lengths has NaN"),
     "infinite steps": (lambda t: t["value_steps"].__setitem__(3, np.inf), "value_steps has NaN"),
     "fewer codes": (lambda t: t.update(values=t["values"][:, :2].copy()), "values has another"),
+    "fewer coarse codes": (
+        lambda t: t.update(coarse_codes=t["coarse_codes"][:, :8].copy()), "coarse_codes has another"
+    ),
+    "a slanted projection": (
+        lambda t: t["fine_projection"].__setitem__(1, t["fine_projection"][0]),
+        "fine_projection: its rows are not orthonormal",
+    ),
+    "codes of other keys": (
+        lambda t: t.update(fine_codes=np.roll(t["fine_codes"], 1, axis=0)),
+        "scan_codes: not the projection of the keys",
+    ),
 }  # fmt: skip
+
+
+GRADED = ("coarse_", "fine_", "scan_codes")  # what is damaged of packs with graded keys
 
 
 @pytest.mark.parametrize("name", LESS)
 def test_damaged_values_and_lengths_are_refused(
     tiny_bundle: Path, pack: Path, tmp_path: Path, name: str
 ) -> None:
-    settings = CompressSettings(scan_width=32, keys="projected", values="int4")
+    keys: Any = "graded" if any(part in LESS[name][1] for part in GRADED) else "projected"
+    settings = CompressSettings(scan_width=32, keys=keys, values="int4")
     small = compress_pack(pack, tmp_path / "small", settings).pack.path
     change, says = LESS[name]
     damage(small, change)
@@ -690,6 +756,10 @@ def test_damaged_values_and_lengths_are_refused(
         (lambda m: m["gates"][0]["values"].update(of="logits"), "of"),
         (lambda m: m["gates"][0].update(keys="none"), "keys"),
         (lambda m: m["gates"][0].pop("scan"), "keys"),
+        (lambda m: m["gates"][0].update(keys="graded"), "key_widths"),
+        (lambda m: m["gates"][0].update(keys="graded", key_widths=[32, 48]), "key_widths"),
+        (lambda m: m["gates"][0].update(keys="graded", key_widths=[32, "32"]), "key_widths"),
+        (lambda m: m["gates"][0].update(keys="graded", key_widths=[64, 32]), "key_widths"),
     ],
 )
 def test_a_manifest_that_states_impossible_values_is_refused(

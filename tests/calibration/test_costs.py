@@ -14,6 +14,7 @@ from knnmoe.calibration.costs import (
     FEATURES,
     Costs,
     GateShape,
+    Use,
     fit,
     held_bytes,
     made_up,
@@ -31,6 +32,7 @@ SHAPES = [
         [("projected", "int4"), ("int8", "int8"), ("fp16", "fp16"), ("fp16", "as-stored")],
     )
 ]
+SHAPES.append(GateShape(300, 96, 8, 32, 4, 16, "graded", "int8", key_widths=(32, 64)))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,7 +49,7 @@ def test_bytes_are_those_of_the_arrays_that_a_search_and_a_blend_read(
 
     monkeypatch.setattr(scan, "OrtEngine", Engine)
     monkeypatch.setattr(one_token, "OrtEngine", Engine)
-    memory = made_up(shape, 8)
+    memory = made_up(shape, Use(8))
     many = scan.ProjectedScan.over(memory, 16, threads=1)
     one = one_token.OneTokenGate.over(memory, 16, Engine(None, weights={}))  # type: ignore[arg-type]
     # Views of an array are that array.
@@ -98,7 +100,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("costs/2", "costs/9"), ("1.5", "NaN"), ("1.5", "-2"), ('"entries"', '"others"'), ("{", "[")],
+    [("costs/3", "costs/9"), ("1.5", "NaN"), ("1.5", "-2"), ('"entries"', '"others"'), ("{", "[")],
 )
 def test_a_record_of_something_else_is_refused(tmp_path: Path, old: str, new: str) -> None:
     path = tmp_path / "costs.json"

@@ -96,6 +96,9 @@ def memories() -> dict[str, Any]:
                 seed, **sizes, dtype=dtype, stored_values=values, **s
             )
         )
+    kinds["graded keys, int8 values"] = lambda seed, **s: random_compressed(
+        seed, **sizes, dtype=None, graded=(32, SIZE - 32), stored_values="int8", **s
+    )
     return kinds
 
 
