@@ -27,7 +27,7 @@ Examples:
       the same without text: by how many neighbours are found
 """
 # Options that say how, where a budget says how much.
-_HOW = ("scan_width", "scan_bits", "keys", "values", "recall")
+_HOW = ("scan_width", "scan_bits", "keys", "key_widths", "values", "recall")
 # Options that a budget alone understands.
 _BUDGET = ("bundle", "domain", "general", "front", "costs")
 
@@ -60,10 +60,16 @@ _BUDGET = ("bundle", "domain", "general", "front", "costs")
 )
 @click.option(
     "--keys",
-    type=click.Choice(["as-stored", "fp16", "int8", "projected"]),
+    type=click.Choice(["as-stored", "fp16", "int8", "graded", "projected"]),
     default="as-stored",
     show_default=True,
-    help="The full keys; int8 also rounds the similarities; projected keeps no full keys.",
+    help="The full keys; int8 also rounds the similarities; graded keeps their widest directions in"
+    " 8 bits and others in 4; projected keeps what is scanned.",
+)
+@click.option(
+    "--key-widths",
+    metavar="F,C",
+    help="Of graded keys: directions in 8 and in 4 bits.  [default: a quarter, and the rest]",
 )
 @click.option(
     "--values",
@@ -84,7 +90,7 @@ _BUDGET = ("bundle", "domain", "general", "front", "costs")
 )
 @text_option("--general", "With --budget: text that must not suffer; repeatable.")
 @loss_options
-@tokens_option(6000, "text to measure on")
+@tokens_option(12_000, "text to measure on")
 @click.option(
     "--front",
     type=PATH,
@@ -140,6 +146,10 @@ def compress(
             plain = compress_pack(pack, output, _settings(options), overwrite=overwrite)
             result(plain.to_json(), lambda: print_compression(plain))
             return
+        if options["front"] is not None:
+            from .front import check_front
+
+            check_front(options["front"])
         from .budget import Budget, compress_to_budget
         from .budget_search import BudgetSettings
         from .progress import token_bar
@@ -187,5 +197,15 @@ def _settings(options: dict[str, Any]) -> Any:
         candidates=options["candidates"],
         recall=options["recall"],
         keys=options["keys"],
+        key_widths=_widths(options["key_widths"]),
         values=options["values"],
     )
+
+
+def _widths(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    numbers = text.split(",")
+    if len(numbers) != 2 or not all(number.strip().isdecimal() for number in numbers):
+        raise click.BadParameter("two whole numbers, as in 32,96", param_hint="--key-widths")
+    return int(numbers[0]), int(numbers[1])

@@ -5,6 +5,7 @@ Everything here is arithmetic on numbers measured elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -169,7 +170,10 @@ def separations(
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean difference of NLL in nats a token and its 95 % interval; below zero is a gain."""
+    """A mean difference of NLL in nats a token and its 95 % interval; below zero is a gain.
+
+    Or a share of such a difference, with its interval.
+    """
 
     mean: float
     low: float
@@ -179,6 +183,12 @@ class Interval:
         """As people read it: `-0.0749 [-0.0897, -0.0598]`."""
         mean, low, high = (f"{n:+.{digits}f}" for n in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]"
+
+    def percent(self) -> str:
+        """Of a share, as people read it: `97.5 % [93, 102]`."""
+        mean, low, high = (100 * n for n in (self.mean, self.low, self.high))
+        known = math.isfinite(low) and low < high
+        return f"{mean:.1f} %" + (f" [{low:.0f}, {high:.0f}]" if known else "")
 
     def __str__(self) -> str:
         return self.text()

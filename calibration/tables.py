@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +100,7 @@ def print_budget(report: BudgetReport) -> None:
             readable_size(point.bytes),
             f"{point.bytes / whole.bytes:.1%}",
             f"{point.recall:.4f}",
-            "-" if point.kept is None else _percent(point.kept),
+            "-" if point.kept is None else point.kept.percent(),
             "-" if point.general is None else str(point.general),
             "-" if point.ms is None else f"{point.ms:.3g}",
             style="bold" if point is report.chosen else None,
@@ -121,17 +120,16 @@ def print_budget(report: BudgetReport) -> None:
         f"Domain {_of(whole.domain)} as it is, {_of(chosen.domain)} now; settings"
         f" {report.calibration}"
     )
+    if chosen.general is not None and any(point.general is None for point in report.points):
+        console.print(
+            "General text was read with what might be chosen, and not with what keeps less in as"
+            " many bytes.", style="dim",
+        )  # fmt: skip
     if chosen.general is None:
         console.print("General text was not given: what it loses is not known.", style="yellow")
     if report.dropped:
         gone = ", ".join(map(str, report.dropped))
         console.print(f"Left to the frozen router, as their retrieval gains nothing: gates {gone}")
-
-
-def _percent(share: Interval) -> str:
-    """`97.5 % [93, 102]`."""
-    mean, low, high = (100 * part for part in (share.mean, share.low, share.high))
-    return f"{mean:.1f} %" + (f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) else "")
 
 
 def _of(found: Interval | None) -> str:

@@ -154,52 +154,6 @@ def paired_bars(
     return _svg(width, height, "plot", label, parts)
 
 
-def marked_points(
-    points: Sequence[tuple[float, float, str, str]],
-    x: Scale,
-    y: Scale,
-    *,
-    names: tuple[str, str],
-    label: str,
-) -> Element:
-    """Points with a word beside each, over axes with round numbers.
-
-    Args:
-        points: Of each the two numbers, its class (`gain`, `loss`, `unsure`) and the word.
-        x, y: Scales of the numbers; `y` counts from the foot.
-        names: Of the axes.
-        label: Of the plot.
-    """
-    left, foot, top, right = 56.0, 44.0, 26.0, 22.0
-    width, height = left + x.width + right, top + y.width + foot
-    base = top + y.width
-    parts = [
-        E("line", x1=left, x2=left + x.width, y1=base, y2=base, class_="axis"),
-        E("line", x1=left, x2=left, y1=top, y2=base, class_="axis"),
-        E("text", names[0], x=left + x.width, y=height - 6, text_anchor="end"),
-        E("text", names[1], x=4.0, y=14.0, text_anchor="start"),
-    ]
-    for number in ticks(x.low, x.high):
-        at = left + x.at(number)
-        parts += [
-            E("line", x1=at, x2=at, y1=base, y2=base + 4, class_="axis"),
-            E("text", f"{number:g}", x=at, y=base + 17, text_anchor="middle"),
-        ]
-    for number in ticks(y.low, y.high):
-        at = base - y.at(number)
-        parts += [
-            E("line", x1=left - 4, x2=left + x.width, y1=at, y2=at, class_="axis"),
-            E("text", f"{number:g}", x=left - 8, y=at + 4, text_anchor="end"),
-        ]
-    for across, up, kind, word in points:
-        at, height_at = left + x.at(across), base - y.at(up)
-        parts += [
-            E("circle", cx=at, cy=height_at, r=4.5, class_=f"mark {kind}"),
-            E("text", word, x=at + 7, y=height_at - 6),
-        ]
-    return _svg(width, height, "plot", label, parts)
-
-
 def _svg(width: float, height: float, class_: str, label: str, parts: Sequence[Element]) -> Element:
     return E(
         "svg",
