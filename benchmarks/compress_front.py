@@ -58,8 +58,10 @@ NARROW = (
     Recipe("int8", 64, 4, "int4"),
     Recipe("fp16", 128, 4, "fp16"),
     Recipe("projected", 128, 4, "int4"),
+    Recipe("graded", 64, 4, "int8", key_widths=(32, 96)),
 )
 WIDE = (
+    Recipe("graded", 128, 4, "int8", key_widths=(128, 384)),
     Recipe("projected", 128, 4, "int4"),
     Recipe("projected", 512, 4, "int4"),
     Recipe("projected", 256, 8, "int8"),
@@ -74,12 +76,14 @@ WIDE_MODEL = {"intermediate_size": 64, "vocab_size": 512, "num_hidden_layers": 2
 @click.option("--json", "target", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--parts", default="times,wide,quarter", show_default=True)
 @click.option("--domains", default="scripture,finnish", show_default=True)
-@click.option("--tokens", default=6000, show_default=True, help="Of validation text.")
+@click.option("--front/--no-front", default=True, help="Whether other sizes are measured too.")
+@click.option("--tokens", default=12_000, show_default=True, help="Of validation text.")
 @click.option("--test-tokens", default=12_000, show_default=True)
 @click.option("--entries", default=8000, show_default=True, help="Of a gate of the wide model.")
 def main(
-    demo: Path, target: Path, parts: str, domains: str, tokens: int, test_tokens: int, entries: int
-) -> None:
+    demo: Path, target: Path, parts: str, domains: str, front: bool, tokens: int, test_tokens: int,
+    entries: int,
+) -> None:  # fmt: skip
     """Print the tables and write them as JSON."""
     console = Console(width=120, highlight=False)
     report: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
@@ -95,7 +99,8 @@ def main(
                 report["wide"] = times(console, "D 2048", model, pack, WIDE, Path(folder))
             else:
                 for domain in domains.split(","):
-                    found = quarter(console, demo, domain, tokens, test_tokens, Path(folder))
+                    settings = BudgetSettings(max_tokens=tokens, front=front, threads=1)
+                    found = quarter(console, demo, domain, settings, test_tokens, Path(folder))
                     report.setdefault("quarter", {})[domain] = found
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -110,7 +115,7 @@ def times(
     folder: Path,
 ) -> dict[str, Any]:
     """Predicted and measured milliseconds of a decode step by recipe."""
-    costs = measure_costs(model, pack.entries, CANDIDATES, pack.neighbors, title, 1)
+    costs = measure_costs(model, pack, CANDIDATES, title, 1)
     pipelines: dict[Any, Pipeline] = {}
     for number, recipe in enumerate(recipes):
         # Recall is not what is looked at here: whatever the width finds is taken.
@@ -152,18 +157,21 @@ def times(
 def step_times(pipelines: Mapping[Any, Pipeline]) -> dict[Any, float]:
     """Median processor milliseconds of a decode step of each, in turn with the frozen step.
 
-    More at once would have each find the caches as the memories of all others left them.
+    More at once would have each find the caches as the memories of all others left them. Each is
+    scaled by what the frozen step took beside it: other work makes the machine slower for a while.
     """
     runs = {name: decode_step(pipeline, CONTEXT) for name, pipeline in pipelines.items()}
-    found, frozen = {}, []
+    found: dict[Any, float] = {}
+    frozen: list[float] = []
     for name in pipelines:
         if name == "frozen":
             continue
         pair = {"frozen": runs["frozen"], name: runs[name]}
         samples = turn_by_turn(pair, clock_of(1), SECONDS)
-        found[name] = float(np.median(samples[name]))
+        found[name] = float(np.median(samples[name]) / np.median(samples["frozen"]))
         frozen += samples["frozen"]
-    return {**found, "frozen": float(np.median(frozen))}
+    step = float(np.median(frozen))
+    return {**{name: ratio * step for name, ratio in found.items()}, "frozen": step}
 
 
 def wide(folder: Path, entries: int) -> tuple[Model, MemoryPack]:
@@ -188,14 +196,19 @@ def wide(folder: Path, entries: int) -> tuple[Model, MemoryPack]:
 
 
 def quarter(
-    console: Console, demo: Path, domain: str, tokens: int, test_tokens: int, folder: Path
+    console: Console,
+    demo: Path,
+    domain: str,
+    settings: BudgetSettings,
+    test_tokens: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """What `--budget 25%` chooses, and what that keeps on test text."""
     texts = {name: demo / "texts" / name for name in (domain, "general")}
     memory, small = demo / f"memory-{domain}", folder / domain
     report = compress_to_budget(
         memory, small, Budget(share=0.25),
-        BudgetSettings(max_tokens=tokens, front=True, threads=1), bundle=demo / "bundle",
+        settings, bundle=demo / "bundle",
         domain=[texts[domain] / "validation.jsonl"],
         general=[texts["general"] / "validation.jsonl"], costs=folder / "costs.json",
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The search for a smaller memory: gates, ways and points are measured, and one is chosen.
 
-Half of the domain's documents choose entries and gates, the other half judges.
+Half of the domain's documents choose entries and gates, the other half judges. Other text is read
+with what may be chosen alone: with the best, until one spares it, and with the points of the front.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from .recorded import GateInputs, record_inputs
 from .switching import joined
 
 SHORT = 5  # recipes that are measured
+Text = Literal["domain", "general", "switch"]
+OTHERS: tuple[Text, ...] = ("general", "switch")
 LADDER = (0.5, 0.35, 0.25, 0.15, 0.08)  # of the bytes, further points of a front
 
 
@@ -54,7 +57,7 @@ class BudgetSettings:
     candidates: int = 32
     max_general_loss: float = 0.002
     max_switch_loss: float = 5.0
-    max_tokens: int | None = 6000
+    max_tokens: int | None = 12_000
     front: bool = False
     device: str = "this machine"
     threads: int | None = None
@@ -86,7 +89,8 @@ class Search:
         self.texts: dict[str, TokenText] = {}
         self.bench: Bench | None = None
         self.passages: dict[str, Sequence[TokenSequence]] = {}
-        self.whole: NDArray[np.float64] | None = None  # the domain's change with all of it
+        # What the recipes change in the domain's text, None the memory as it is.
+        self.changes: dict[Recipe | None, NDArray[np.float64]] = {}
         if domain and model is not None:
             self._prepare(model, {"domain": domain, "general": general}, progress)
 
@@ -133,7 +137,11 @@ class Search:
         for number, recipe in enumerate(listed):
             folder = scratch / f"{number}"
             written.append((self._point(recipe, prober, reducer, folder), folder))
-        chosen, path, calibration = self._choose(plain, written)
+        chosen, path, calibration = self._choose(written)
+        if self.settings.front and self.bench is not None:
+            for index, one in enumerate(written):
+                if one[0].general is None and _undominated(one[0], written):
+                    written[index] = self._with_others(one)
         points = [
             plain,
             *sorted((self._final(p, chosen) for p, _ in written), key=lambda p: p.bytes),
@@ -156,7 +164,7 @@ class Search:
         size, experts = self.pack.model.hidden_size, self.pack.model.num_experts
         by_gate = {g.gate: plain_bytes(g.entries, size, experts) for g in self.gates}
         point = Point(None, sum(by_gate.values()), by_gate, self.pack.bytes, 1.0, 0.0, None)
-        point = self._measured(point, self.pack)
+        point = self._measured(point, self.pack, "domain", *OTHERS)
         if point.domain is not None and not point.domain.mean < 0:
             raise VerificationError(
                 self.pack.path, "gains nothing on this text, so there is no gain to keep",
@@ -177,26 +185,28 @@ class Search:
             self.limits = replace(self.limits, switch=most)
         return point
 
-    def _measured(self, point: Point, pack: MemoryPack) -> Point:
+    def _measured(self, point: Point, pack: MemoryPack, *names: Text) -> Point:
+        """The point with what a pack changes in some texts, as far as they were given."""
         if self.bench is None:
             return point
-        changes = {
-            name: self.bench.change(name, pack)
-            for name in ("domain", "general", "switch")
-            if self.passages.get(name)
-        }
-        if self.whole is None:
-            self.whole = changes["domain"]
-        found = {name: self._interval(name, change) for name, change in changes.items()}
-        return replace(
-            point, domain=found["domain"], general=found.get("general"),
-            switch=found.get("switch"), kept=self._kept(changes["domain"], self.whole),
-        )  # fmt: skip
+        for name in names:
+            if not self.passages.get(name):
+                continue
+            change = self.bench.change(name, pack)
+            found = self._interval(name, change)
+            if name == "domain":
+                self.changes.setdefault(point.recipe, change)
+                point = replace(point, domain=found, kept=self._kept(change))
+            elif name == "general":
+                point = replace(point, general=found)
+            else:
+                point = replace(point, switch=found)
+        return point
 
-    def _kept(self, change: NDArray[np.float64], whole: NDArray[np.float64]) -> Interval | None:
-        """Share of the whole memory's gain; None where that is none."""
+    def _kept(self, change: NDArray[np.float64]) -> Interval | None:
+        """Share of the whole memory's gain, which is measured first; None where that is none."""
         assert self.bench is not None
-        tokens = self.bench.tokens("domain")
+        tokens, whole = self.bench.tokens("domain"), self.changes[None]
         if whole @ tokens >= 0:
             return None
         units, _ = drawn_units([passage.document for passage in self.passages["domain"]])
@@ -268,11 +278,16 @@ class Search:
             recipe, sum(by_gate.values()), by_gate, report.pack.bytes, probed.recall, probed.error,
             ms,
         )  # fmt: skip
-        return self._measured(point, report.pack)
+        return self._measured(point, report.pack, "domain")
 
     def _choose(
-        self, plain: Point, written: Sequence[tuple[Point, Path]]
+        self, written: list[tuple[Point, Path]]
     ) -> tuple[Point, Path, Literal["carried", "refitted"]]:
+        """The likeliest that spares other text, which is measured until there is one.
+
+        What gains most on little text does so by chance too: of those that gain not surely less,
+        the one whose corrections are nearest to the memory's.
+        """
         within = [one for one in written if one[0].bytes <= self.limit]
         if self.bench is None:
             point, path = min(within, key=lambda one: one[0].error)
@@ -282,8 +297,20 @@ class Search:
             assert one[0].domain is not None
             return one[0].domain.mean
 
-        spared = sorted((one for one in within if one[0].spares(self.limits)), key=gain)
-        best = spared[0] if spared else min(within, key=gain)
+        spared = False
+        most = self.changes[min(within, key=gain)[0].recipe]
+
+        def order(one: tuple[Point, Path]) -> tuple[bool, float]:
+            less = self._interval("domain", self.changes[one[0].recipe] - most).low > 0
+            return less, gain(one) if less else one[0].error
+
+        for best in sorted(within, key=order):
+            index = written.index(best)
+            best = written[index] = self._with_others(best)
+            if spared := best[0].spares(self.limits):
+                break
+        else:
+            best = min((one for one in written if one[0].bytes <= self.limit), key=gain)
         again = self._refitted(*best)
         if (
             again is not None
@@ -299,6 +326,11 @@ class Search:
         if not point.spares(self.limits) or not point.domain.high < 0:
             raise _refused(self.pack, point, self.limits)
         return point, best[1], calibration  # type: ignore[return-value]
+
+    def _with_others(self, one: tuple[Point, Path]) -> tuple[Point, Path]:
+        """With what it changes in text that is not the domain's."""
+        point, path = one
+        return self._measured(point, MemoryPack.open(path), *OTHERS), path
 
     def _refitted(self, point: Point, path: Path) -> tuple[Point, MemoryPack] | None:
         """The same pack with its gates fitted again, where they were fitted and text is there."""
@@ -322,7 +354,7 @@ class Search:
         ]  # fmt: skip
         again = candidate(pack, way, *evidence, background=background is not None)
         applied = again.applied(pack)
-        return self._measured(point, applied), applied
+        return self._measured(point, applied, "domain", *OTHERS), applied
 
     def _stated(self, report: BudgetReport, path: Path) -> MemoryPack:
         """The chosen pack with what was measured in its provenance."""
@@ -344,6 +376,16 @@ class Search:
         pack = MemoryPack.open(path)
         compressed = {**pack.provenance["compressed"], "budget": facts}
         return rewrite_settings(pack, {**pack.provenance, "compressed": compressed})
+
+
+def _undominated(point: Point, written: Sequence[tuple[Point, Path]]) -> bool:
+    """Whether nothing gains more in as many bytes: what another budget would take."""
+    assert point.domain is not None
+    return not any(
+        other.bytes <= point.bytes and other.domain.mean < point.domain.mean
+        for other, _ in written
+        if other.domain is not None
+    )
 
 
 def halves(text: TokenText) -> tuple[TokenText, TokenText]:

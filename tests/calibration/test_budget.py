@@ -102,11 +102,12 @@ def test_the_budget_is_kept_and_most_of_the_gain(
     whole, chosen = report.points[0], report.chosen
     assert chosen.bytes <= report.limit < 0.41 * whole.bytes
     assert chosen.bytes == sum(chosen.by_gate.values())
-    assert report.kept(chosen) > 0.8
+    assert chosen.kept.mean > 0.8
     assert chosen.general.high <= 0.05
     assert chosen.domain.high < 0
-    best = min(p.domain.mean for p in report.points[1:] if p.bytes <= report.limit)
-    assert chosen.domain.mean == best
+    others = [p for p in report.points[1:] if p.bytes <= report.limit and p is not chosen]
+    # Others gain more only if that is not sure, and if their corrections are farther off.
+    assert all(p.error > chosen.error for p in others if p.domain.mean < chosen.domain.mean)
     # The file is what was measured: on text that chose nothing it gains as well.
     model = Model.load(tiny_bundle, threads=1)
     test = read_text([texts["test"]], model.tokenizer, vocab_size=256)
@@ -270,8 +271,8 @@ def test_a_compression_that_loses_the_gain_or_harms_other_text_is_refused(
 ) -> None:  # fmt: skip
     honest = budget_search.Search._measured
 
-    def measured(self: Any, point: Any, memory: MemoryPack) -> Any:
-        found = honest(self, point, memory)
+    def measured(self: Any, point: Any, memory: MemoryPack, *names: Any) -> Any:
+        found = honest(self, point, memory, *names)
         bad = Interval(0.5, 0.4, 0.6) if harm == "general" else Interval(-0.01, -0.05, 0.03)
         return found if point.recipe is None else replace(found, **{harm: bad})
 
