@@ -38,7 +38,7 @@ def open_backend(
         host_gate = cast(Backend, gate or "auto")  # checked where gates are made
         return HostBackend(bundle, layout=layout or "split", gate=host_gate, threads=threads)
     if device != "cuda":
-        raise BackendError("device", "unknown", expected=" or ".join(DEVICES), found=device)
+        raise BackendError("device", "unknown", expected=DEVICES, found=device)
     _refuse(device, threads=threads)
     from .device.backend import DeviceBackend, DeviceGate, DeviceSettings
     from .engines.engine_set import find_engines

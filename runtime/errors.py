@@ -14,7 +14,7 @@ class KnnMoeError(Exception):
     Args:
         where: The file, field or argument concerned.
         problem: What is wrong, as a clause without a full stop.
-        expected: What would have been right.
+        expected: What would have been right; a tuple of strings: one of these.
         found: What was there instead.
         fix: The next step, as a sentence.
     """
@@ -30,7 +30,7 @@ class KnnMoeError(Exception):
     ) -> None:
         self.where = str(where)
         self.problem = problem
-        self.expected = None if expected is None else str(expected)
+        self.expected = None if expected is None else _said(expected)
         self.found = None if found is None else str(found)
         self.fix = fix
         super().__init__(self._sentence())
@@ -57,6 +57,14 @@ class KnnMoeError(Exception):
             "found": self.found,
             "fix": self.fix,
         }
+
+
+def _said(expected: object) -> str:
+    """What would have been right; strings in a tuple are choices."""
+    if not (isinstance(expected, tuple) and all(isinstance(one, str) for one in expected)):
+        return str(expected)
+    *others, last = expected
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _restored(kind: type[KnnMoeError], stated: dict[str, Any]) -> KnnMoeError:

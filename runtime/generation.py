@@ -220,15 +220,18 @@ def check_prompt(
 
 def check_tokens(prompt_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
     """Token ids as [S] int64, or `InputError` if they are none of this vocabulary."""
-    ids = np.asarray(prompt_ids)
+    try:
+        ids = np.asarray(prompt_ids)
+    except ValueError:  # sequences of several lengths
+        ids = np.empty((), object)
     if ids.size == 0:
         raise InputError("prompt", "empty", expected="at least one token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise InputError(
             "prompt",
             "not a sequence of token ids",
-            expected="whole numbers",
-            found=f"{list(ids.shape)} {ids.dtype}",
+            expected="text, or a sequence of whole numbers",
+            found=repr(prompt_ids)[:60],
         )
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()

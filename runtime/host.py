@@ -81,10 +81,10 @@ class HostBackend:
         threads: int | None = None,
     ) -> None:
         check_layout(layout)
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
+        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
             raise SettingError(
                 "threads", "out of range", expected=f"a whole number from 1 to {MAX_THREADS}",
-                found=threads,
+                found=repr(threads),
             )  # fmt: skip
         check_onnxruntime(bundle)
         self.layout_name = layout

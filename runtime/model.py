@@ -21,7 +21,7 @@ from .compressed import Memory, first_entries
 from .devices import Device, open_backend
 from .entries import NewEntries, with_entries
 from .errors import BackendError, BundleError, InputError
-from .generation import Completion, Event, check_prompt
+from .generation import Completion, Event, check_prompt, check_tokens
 from .host import LayoutName, ModelBackend
 from .layouts import GateRecord, Layout
 from .manifest import parse_object
@@ -450,7 +450,8 @@ class Model:
     def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str | bytes):
             return list(self.tokenizer.encode(prompt))
-        return [int(token) for token in prompt]
+        ids: list[int] = check_tokens(prompt, self.pipeline.vocab_size).tolist()
+        return ids
 
     def _once(
         self, ids: list[int], config: GenerationConfig | None, options: dict[str, Any]

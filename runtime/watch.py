@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from time import monotonic
 from typing import Protocol
 
@@ -30,12 +31,17 @@ class Watch:
         """Begin to watch flags, and the clock, now.
 
         Raises:
-            SettingError: If the deadline is no number of seconds.
+            SettingError: If the deadline is no number of seconds, or a flag cannot be asked.
         """
-        if deadline_s is not None and not 0 <= deadline_s < math.inf:
+        if deadline_s is not None and not _is_duration(deadline_s):
             raise SettingError(
-                "deadline_s", "out of range", expected="seconds, 0 or more", found=deadline_s
+                "deadline_s", "out of range", expected="seconds, 0 or more", found=repr(deadline_s)
             )
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise SettingError(
+                "cancel", "cannot be asked", expected="an object with is_set(), as threading.Event",
+                found=repr(cancel)[:60],
+            )  # fmt: skip
         flags = tuple(flag for flag in (cancel, closing) if flag is not None)
         return Watch(flags, math.inf if deadline_s is None else monotonic() + deadline_s)
 
@@ -45,3 +51,7 @@ class Watch:
             if flag.is_set():
                 return "cancelled"
         return "deadline" if monotonic() >= self.end else None
+
+
+def _is_duration(given: object) -> bool:
+    return isinstance(given, Real) and 0 <= float(given) < math.inf

@@ -81,9 +81,8 @@ class DeviceBackend:
         load: LoadEngine | None = None,
     ) -> None:
         if settings.gate not in DEVICE_GATES:
-            known = " or ".join(DEVICE_GATES)
             raise BackendError(
-                "gate", "no backend of the device", expected=known, found=settings.gate
+                "gate", "no backend of the device", expected=DEVICE_GATES, found=settings.gate
             )
         if not isinstance(engines, EngineSet):
             engines = EngineSet.open(engines or find_engines(bundle), bundle)

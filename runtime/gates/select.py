@@ -46,8 +46,7 @@ def make_gate(
         SettingError: If the memory asks for more neighbours than the backend can find.
     """
     if backend not in BACKENDS:
-        known = " or ".join(BACKENDS)
-        raise BackendError("gate", "no backend of the CPU", expected=known, found=backend)
+        raise BackendError("gate", "no backend of the CPU", expected=BACKENDS, found=backend)
     chosen = choose(memory) if backend == "auto" else backend
     if chosen == "two-stage" and memory is not None:
         engine = engine_of(graph_name(memory))

@@ -127,8 +127,19 @@ def test_bad_settings_of_a_session_are_named(
 ) -> None:
     with pytest.raises(SettingError, match=named):
         model.session(**options)
-    with pytest.raises(SettingError, match="deadline_s"):
-        model.stream(IDS[:3], deadline_s=float("nan"))
+    for deadline in (float("nan"), "soon"):
+        with pytest.raises(SettingError, match="deadline_s"):
+            model.stream(IDS[:3], deadline_s=deadline)
+    with pytest.raises(SettingError, match="cancel: cannot be asked"):
+        model.stream(IDS[:3], cancel=True)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a"], [1.5], [[1], [2, 3]], [[1, 2]]], ids=repr)
+def test_a_prompt_is_text_or_whole_numbers(model: Model, prompt: Any) -> None:
+    calls = (model.generate, model.stream, model.session().stream, model.routing_trace)
+    for call in (*calls, lambda prompt: model.generate_batch([prompt])):
+        with pytest.raises(InputError, match="prompt: not a sequence of token ids"):
+            call(prompt)
 
 
 def test_a_new_call_ends_an_unread_stream(model: Model) -> None:
