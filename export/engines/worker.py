@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from knnmoe.runtime.engines.tensorrt import Messages, TensorRT, load_tensorrt
-from knnmoe.runtime.errors import KnnMoeError
+from knnmoe.runtime.errors import BackendError, KnnMoeError
 from knnmoe.trt_plugins import library
 
 PROGRESS_EVERY = 0.1  # seconds
@@ -27,6 +28,7 @@ def main(path: str) -> int:
         tensorrt = load_tensorrt(task["backend"])
         if task["plugin"]:
             library.load(tensorrt.module, Path(task["plugin"]))
+        _check_capabilities(tensorrt, task["capabilities"])
     except KnnMoeError as error:
         _say("failed", name="", error=error.to_json())
         return 1
@@ -39,6 +41,20 @@ def main(path: str) -> int:
             return 1
         _say("built", name=job["name"], seconds=time.perf_counter() - started, **report)
     return 0
+
+
+def _check_capabilities(tensorrt: TensorRT, capabilities: Sequence[str]) -> None:
+    """Raise `BackendError` for a device that this TensorRT does not build for ahead."""
+    known = getattr(tensorrt.module, "ComputeCapability", None)
+    names = getattr(known, "__members__", {})
+    there = tuple(name[2:] for name in names if name.startswith("SM") and name[2:].isdecimal())
+    for capability in capabilities:
+        if capability not in there:
+            raise BackendError(
+                tensorrt.flavor, f"does not build for compute capability {capability} ahead",
+                expected=tuple(sorted(there, key=int)) or "no --sm", found=capability,
+                fix="Build on the device itself: there --sm is left out.",
+            )  # fmt: skip
 
 
 def _build(
@@ -68,10 +84,7 @@ def _build(
     if task["capabilities"]:
         config.num_compute_capabilities = len(task["capabilities"])
         for i, capability in enumerate(task["capabilities"]):
-            known = getattr(trt.ComputeCapability, f"SM{capability}", None)
-            if known is None:
-                return f"this TensorRT does not build for compute capability {capability}", {}
-            config.set_compute_capability(known, i)
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), i)
     config.progress_monitor = _monitor(trt, job["name"])
     cache = _timing_cache(config, task["timing_cache"])
     plan = builder.build_serialized_network(network, config)

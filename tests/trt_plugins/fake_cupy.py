@@ -120,7 +120,8 @@ class Machine:
     @staticmethod
     def within(ranges: dict[int, int], address: int, size: int) -> bool:
         """Whether the bytes lie inside of one of the ranges."""
-        return any(start <= address and address + size <= end for start, end in ranges.items())
+        held = list(ranges.items())  # other threads take and give back memory meanwhile
+        return any(start <= address and address + size <= end for start, end in held)
 
     def touches_device(self, address: int) -> bool:
         """Whether an address is device memory."""
