@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from gpu_tally import Absent
 
+LEAST_SECONDS = 5.0
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY:\s*(.*)")
 
@@ -46,7 +49,7 @@ def sanitize(subset: list[str], deadline: float) -> dict[str, Any]:
         return {"status": "absent", "why": str(reason)}
     tools: dict[str, Any] = {}
     for position, tool in enumerate(TOOLS):
-        share = max(5.0, (deadline - time.monotonic()) / (len(TOOLS) - position))
+        share = max(LEAST_SECONDS, (deadline - time.monotonic()) / (len(TOOLS) - position))
         tools[tool] = _run(sanitizer, tool, subset, share)
     states = {tool["status"] for tool in tools.values()}
     worst = next((s for s in ("failed", "not finished") if s in states), "passed")
@@ -56,21 +59,28 @@ def sanitize(subset: list[str], deadline: float) -> dict[str, Any]:
 def _run(sanitizer: str, tool: str, subset: list[str], seconds: float) -> dict[str, Any]:
     command = [sanitizer, f"--tool={tool}", "--print-limit=20", sys.executable, *subset]
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False
+    with tempfile.TemporaryFile() as output:
+        # In a session of its own: the program that a tool watches would outlive the tool, and be
+        # on the device beside the next one.
+        tool_run = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or b""
-        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        try:
+            code: int | None = tool_run.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(tool_run.pid, signal.SIGKILL)
+            tool_run.wait()
+        output.seek(0)
+        said = output.read().decode(errors="replace")
+    if code is None:
         return {
             "status": "not finished",
             "why": f"stopped after {seconds:.0f} seconds",
-            "output": text[-3000:],
+            "output": said[-3000:],
         }
-    said = done.stdout + done.stderr
     return {
-        **read_summary(said, done.returncode),
+        **read_summary(said, code),
         "seconds": time.monotonic() - start,
         "cases": _cases(said),
     }

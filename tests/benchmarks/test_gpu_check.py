@@ -669,6 +669,29 @@ def test_every_tool_is_run_over_the_subset(tmp_path: Path, monkeypatch: Any) -> 
     assert all(record["cases"] == 12 for record in found["tools"].values())
 
 
+def test_a_tool_that_is_stopped_leaves_nothing_running(tmp_path: Path, monkeypatch: Any) -> None:
+    tool, started = tmp_path / "compute-sanitizer", tmp_path / "watched"
+    tool.write_text(f'#!/bin/sh\nsleep 60 &\necho $! > "{started}"\necho begun\nwait\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_sanitizer, "TOOLS", ("memcheck",))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(gpu_sanitizer, "LEAST_SECONDS", 0.5)
+    found = gpu_sanitizer.sanitize(["unused.py"], time.monotonic())
+    assert found["status"] == "not finished"
+    assert found["tools"]["memcheck"]["output"] == "begun\n"
+    watched = int(started.read_text())
+    until = time.monotonic() + 10  # a signal takes a moment to arrive
+    while running(watched) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not running(watched)
+
+
+def running(process: int) -> bool:
+    """Whether a process is there, and has not ended without anybody asking how."""
+    stat = Path("/proc", str(process), "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_without_a_sanitizer_the_stage_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
     found = gpu_sanitizer.sanitize(["unused.py"], time.monotonic() + 20)
