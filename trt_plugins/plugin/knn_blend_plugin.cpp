@@ -288,10 +288,7 @@ public:
                 return -1;
         }
         // Here and not in enqueue, which must not allocate.
-        if (!ticket_ && (!succeeded(cudaMalloc(&ticket_, sizeof *ticket_), "four bytes") ||
-                         !succeeded(cudaMemset(ticket_, 0, sizeof *ticket_), "four bytes")))
-            return -1;
-        return 0;
+        return ticket_ || make_ticket() ? 0 : -1;
     }
 
     int32_t enqueue(
@@ -364,6 +361,19 @@ public:
 
 private:
     static bool takes(int32_t inputs) { return inputs == kExactInputs || inputs == kInputs; }
+
+    bool make_ticket() {
+        unsigned* made = nullptr;
+        if (!succeeded(cudaMalloc(&made, sizeof *made), "four bytes")) return false;
+        // Setting memory does not wait, and a stream of the caller's may not wait for it.
+        if (!succeeded(cudaMemset(made, 0, sizeof *made), "four bytes") ||
+            !succeeded(cudaStreamSynchronize(nullptr), "waiting for the device")) {
+            cudaFree(made);
+            return false;
+        }
+        ticket_ = made;
+        return true;
+    }
 
     static int32_t refuse_counts() {
         report("takes 12 inputs, or 14 to search in two stages, and gives 5 outputs");

@@ -1,15 +1,19 @@
 // The TensorRT plugin on the emulated machine: its enqueue, driven as TensorRT would drive it.
 //
-// The few functions of the CUDA runtime that the plugin calls are stood in for below.
+// The few functions of the CUDA runtime that the plugin calls are stood in for below. Fresh memory
+// holds anything, and what cudaMemset sets is not set before somebody has waited for it.
 #include <cuda_runtime.h>
 
 #define KNNMOE_EMULATION
 #include "emulation.h"
 
+#include <functional>
 #include <memory>
 #include <vector>
 
 #include "knn_blend_plugin.cpp"
+
+static std::vector<std::function<void()>> waiting;
 
 extern "C" {
 
@@ -28,11 +32,18 @@ const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
     *pointer = malloc(bytes);
+    memset(*pointer, 0x55, bytes);
     return cudaSuccess;
 }
 
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
-    memset(pointer, value, bytes);
+    waiting.push_back([=] { memset(pointer, value, bytes); });
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    for (const auto& work : waiting) work();
+    waiting.clear();
     return cudaSuccess;
 }
 
