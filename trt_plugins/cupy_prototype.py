@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -174,7 +174,7 @@ class CupyBlend:
             self.key_type, 1, 1, hidden, self.values.shape[1], columns, entries, candidates
         )
         self.max_tokens = max_tokens
-        needed = max(self._plan(tokens, 1).workspace_bytes for tokens in range(1, max_tokens + 1))
+        needed = _most_workspace(self._problem, self._device, max_tokens)
         self.workspace: Array = None if beside is None else beside.workspace
         if self.workspace is None or self.workspace.nbytes < needed:
             self.workspace = self._cupy.empty(needed, np.uint8)
@@ -326,6 +326,18 @@ class CupyBlend:
                 found=target.dtype,
             )  # fmt: skip
         return target
+
+
+@cache
+def _most_workspace(problem: Problem, device: Device, max_tokens: int) -> int:
+    """Scratch bytes for up to so many tokens; once for all gates of a model, whose sizes are alike.
+
+    Fewer tokens may need more, being split in more parts.
+    """
+    plans = (
+        make_plan(replace(problem, tokens=tokens), device) for tokens in range(1, max_tokens + 1)
+    )
+    return max(plan.workspace_bytes for plan in plans)
 
 
 def _key_type(keys: Any, name: str = "keys") -> KeyType:
