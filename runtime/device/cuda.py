@@ -32,7 +32,11 @@ class Graph:
 class Cuda:
     """A device with the one stream that all work of a model goes to.
 
-    Work of several threads takes turns: a step holds `lock` from its upload to its download.
+    It is the one that is CuPy's current device where this is made. Work of several threads takes
+    turns, on that device whatever theirs is: a step holds `lock` from its upload to its download.
+
+    Attributes:
+        device: The device.
 
     Args:
         cupy, cupyx: The modules; imported if not given.
@@ -44,6 +48,7 @@ class Cuda:
     def __init__(self, *, cupy: Any = None, cupyx: Any = None) -> None:
         self.cupy = import_cupy() if cupy is None else cupy
         self.cupyx = import_module("cupyx") if cupyx is None else cupyx
+        self.device = self.cupy.cuda.Device()
         self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.side = self.cupy.cuda.Stream(non_blocking=True)  # for uploads while steps go on
         self.lock = threading.RLock()
@@ -51,13 +56,12 @@ class Cuda:
     @property
     def capability(self) -> str:
         """Compute capability, as `86`."""
-        return str(self.cupy.cuda.Device().compute_capability)
+        return str(self.device.compute_capability)
 
     @property
     def name(self) -> str:
         """What its vendor calls the device."""
-        runtime = self.cupy.cuda.runtime
-        name = runtime.getDeviceProperties(runtime.getDevice())["name"]
+        name = self.cupy.cuda.runtime.getDeviceProperties(self.device.id)["name"]
         return name.decode() if isinstance(name, bytes) else str(name)
 
     @property
@@ -68,17 +72,24 @@ class Cuda:
 
     @contextmanager
     def current(self, stream: Any = None) -> Iterator[None]:
-        """Make the stream CuPy's current one; running out of memory becomes a stated failure."""
-        try:
-            with self.stream if stream is None else stream:
-                yield
-        except self.cupy.cuda.memory.OutOfMemoryError as error:
-            free, total = self.cupy.cuda.Device().mem_info
-            raise DeviceError(
-                "device memory", "not enough is free", found=f"{error}; {readable_size(free)} of "
-                f"{readable_size(total)} free", fix="Use a smaller context, batch or memory, or "
-                "close what else uses the device; the CPU can run the same bundle.",
-            ) from error  # fmt: skip
+        """Make device and stream CuPy's current ones, for this thread.
+
+        Running out of memory becomes a stated failure.
+        """
+        with self.device:
+            try:
+                with self.stream if stream is None else stream:
+                    yield
+            except self.cupy.cuda.memory.OutOfMemoryError as error:
+                raise self._too_small(error) from error
+
+    def _too_small(self, error: Exception) -> DeviceError:
+        free, total = self.device.mem_info
+        return DeviceError(
+            "device memory", "not enough is free", found=f"{error}; {readable_size(free)} of "
+            f"{readable_size(total)} free", fix="Use a smaller context, batch or memory, or "
+            "close what else uses the device; the CPU can run the same bundle.",
+        )  # fmt: skip
 
     def zeros(self, shape: Any, dtype: Any) -> Array:
         """An array of zeros on the device."""
@@ -143,4 +154,8 @@ class Cuda:
                 run()
             finally:
                 graph = self.stream.end_capture()
-        return Graph(lambda: graph.launch(self.stream))
+        return Graph(lambda: self._launch(graph))
+
+    def _launch(self, graph: Any) -> None:
+        with self.current():
+            graph.launch(self.stream)

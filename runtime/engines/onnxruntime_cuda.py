@@ -51,7 +51,7 @@ class OrtCudaEngine:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights)
         )
-        device = int(cuda.cupy.cuda.Device().id)
+        device = int(cuda.device.id)
         provider = (PROVIDER, {"device_id": device, "user_compute_stream": str(cuda.stream.ptr)})
         try:
             # From bytes, so that the folder of the weights is the one that counts.

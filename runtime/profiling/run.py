@@ -337,7 +337,7 @@ def _resident(
 
 def _device_bytes(cuda: Any) -> int:
     """Taken of the device by everybody, this process above all."""
-    free, total = cuda.cupy.cuda.Device().mem_info
+    free, total = cuda.device.mem_info
     return int(total - free)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_cupy import fake_cupy
 
 from knnmoe.calibration.compress import CompressSettings, compress_pack
 from knnmoe.runtime.device.backend import DeviceSettings
@@ -31,6 +33,23 @@ def test_logits_and_greedy_text_are_those_of_the_host(
         np.testing.assert_allclose(device.logits(IDS), expected.logits(IDS), atol=2e-4)
         texts = [m.generate(IDS[:9], **GREEDY).token_ids for m in (device, expected)]
         assert texts[0] == texts[1]
+
+
+def test_threads_use_the_device_that_the_model_was_loaded_on(load: Any, tiny_pack: Path) -> None:
+    cupy = fake_cupy(devices=2)
+    with cupy.cuda.Device(1):
+        model = load(memory=tiny_pack, layout="split", cupy=cupy).model
+        expected = model.generate(IDS[:9], **GREEDY).token_ids
+    assert cupy.cuda.Device().id == 0
+
+    async def on_threads() -> Any:  # whose device is 0
+        pack = MemoryPack.open(tiny_pack)
+        await asyncio.to_thread(model.swap_memory, pack.with_settings(neighbors=3))
+        await asyncio.to_thread(model.swap_memory, pack)
+        return await model.agenerate(IDS[:9].tolist(), **GREEDY)
+
+    assert asyncio.run(on_threads()).token_ids == expected
+    assert cupy.cuda.Device().id == 0
 
 
 @pytest.mark.parametrize("layout", ["split", "fused"])

@@ -11,6 +11,8 @@ the emulated machine (`emulated.py`, `step_emulated.py`). Signatures and refusal
 * While a stream is captured nothing runs: kernels, copies and fills are recorded and replayed by
   `graph.launch`. Pageable copies, synchronisation and allocation are refused then.
 * A copy must stay inside what was allocated.
+* With `devices=2` there is a second device by number (the memory is the same): a thread begins on
+  device 0, and streams and graphs are used on the device they were made on.
 
 Its own face, for other stand-ins such as that of an engine: `cupy.machine.submit(stream_ptr, work)`
 puts a function into a stream (recorded under capture), `cupy.machine.view(ptr, shape, dtype)` is
@@ -100,6 +102,27 @@ class Machine:
         """The stream given, else the current one."""
         return self.stack[-1] if given is None else given
 
+    @property
+    def device(self) -> int:
+        """The device that this thread uses."""
+        return self.devices[-1]
+
+    @property
+    def devices(self) -> list[int]:
+        """The devices this thread has made current, the innermost last."""
+        if not hasattr(self.threads, "devices"):
+            self.threads.devices = [0]
+        devices: list[int] = self.threads.devices
+        return devices
+
+    def check_device(self, stream: Stream) -> None:
+        """Refuse a stream of another device than this thread's."""
+        if stream.ptr and stream.device_id != self.device:
+            raise RuntimeError(
+                f"The device that the stream is created on ({stream.device_id}) does not match "
+                f"with the current device ({self.device})"
+            )
+
     def synchronize(self) -> None:
         """Wait for every stream."""
         for stream in list(self.streams.values()):
@@ -184,6 +207,7 @@ class Stream:
         priority: Any = None,
     ) -> None:
         self.ptr = 0 if null else 0x5000 + 0x10 * next(self.machine.numbers)
+        self.device_id = self.machine.device
         self.non_blocking = non_blocking
         self.queue: deque[Work] = deque()
         self.capture: Capture | None = None
@@ -265,6 +289,7 @@ class Stream:
         return self
 
     def __enter__(self) -> Stream:
+        self.machine.check_device(self)
         self.machine.stack.append(self)
         return self
 
@@ -336,6 +361,7 @@ class Graph:
 
     def launch(self, stream: Stream | None = None) -> None:
         target = self.machine.stream(stream)
+        self.machine.check_device(target)
         for work in self.work:
             target.submit(work)
 
@@ -626,6 +652,7 @@ class RawKernel:
                 raise CUDADriverError(f"{self.name}: {error.decode()}")
             self.machine.launched.append(self.name)
 
+        self.machine.check_device(self.machine.stream())
         self.machine.stream().submit(work)
 
 
@@ -665,8 +692,8 @@ class Device:
     machine: ClassVar[Machine]
     capability: ClassVar[str]
 
-    def __init__(self, device: Any = None) -> None:
-        self.id = 0
+    def __init__(self, device: int | None = None) -> None:
+        self.id = self.machine.device if device is None else device
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -684,13 +711,15 @@ class Device:
         self.machine.synchronize()
 
     def use(self) -> Device:
+        self.machine.devices[-1] = self.id
         return self
 
     def __enter__(self) -> Device:
+        self.machine.devices.append(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        return None
+        self.machine.devices.pop()
 
 
 class MemoryPool:
@@ -725,6 +754,7 @@ def fake_cupy(
     multiprocessors: int = 2,
     shared_bytes: int = 99 * 1024,
     capability: str = "86",
+    devices: int = 1,
 ) -> Any:
     """A fresh device, as the module `cupy`; its `cupyx` is the other module."""
     attributes = {
@@ -821,8 +851,8 @@ def fake_cupy(
 
     runtime = SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
-        getDeviceCount=lambda: 1,
-        getDevice=lambda: 0,
+        getDeviceCount=lambda: devices,
+        getDevice=lambda: machine.device,
         setDevice=lambda device: None,
         getDeviceProperties=lambda device: {"name": b"emulated device"},
         driverGetVersion=lambda: 13000,
