@@ -68,7 +68,8 @@ class Sources:
 
         Args:
             pack: The memory.
-            references: The files it was built from, in the order in which they were given.
+            references: The files it was built from, in the order in which they were given; their
+                weights say nothing here.
             tokenizer: The bundle or checkpoint.
             background: The files of its background text; without them their passages have no text.
 
@@ -86,8 +87,9 @@ class Sources:
         render = Conversations.load(tokenizer).documents
 
         def read(files: Sequence[str | Path], kind: str) -> Corpus:
+            # Of files with weights a corpus keeps some documents; these are all there.
             corpus = Corpus.read(
-                [Reference.parse(file) for file in files], encoder,
+                [Reference(Reference.parse(file).path) for file in files], encoder,
                 vocab_size=1 << 31, max_length=WHOLE, render=render,
             )  # fmt: skip
             stated = (pack.provenance.get(kind) or {}).get("sha256")

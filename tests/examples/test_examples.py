@@ -137,6 +137,20 @@ def test_a_passage_is_found_for_every_entry(
     assert without.token
 
 
+def test_files_may_be_named_as_they_were_when_the_memory_was_built(
+    bundle: Path, pack: Path, reference: Path, tmp_path: Path
+) -> None:
+    opened = MemoryPack.open(pack)
+    lines = reference.read_text().splitlines(keepends=True)
+    parts = [tmp_path / "one.jsonl", tmp_path / "more.jsonl"]
+    for part, some in zip(parts, (lines[:1], lines[1:]), strict=True):
+        part.write_text("".join(some))
+    sources = Sources.open(opened, [parts[0], f"{parts[1]}@0.5"], bundle)
+    whole = Sources.open(opened, [reference], bundle)
+    entries = range(int((whole.origins.documents >= 0).sum()))
+    assert [sources.passage(0, i) for i in entries] == [whole.passage(0, i) for i in entries]
+
+
 def test_an_entry_that_stands_for_several_shows_its_first(
     bundle: Path, pack: Path, reference: Path
 ) -> None:
