@@ -252,7 +252,7 @@ def compress_pack(
                 stated[gate.gate]["values"] = asdict(values)
             done.append({**found, "bytes_after": stored.size})
         if pack.origins is not None:
-            manifest["entries"] = _origins(pack, folder, kept)
+            manifest["entries"] = _origins(pack, folder, written, kept)
         manifest["gates"] = [stated[gate.gate] for gate in written]
         manifest |= {
             "variant": pack.variant, "neighbors": pack.neighbors, "similarity": pack.similarity,
@@ -269,16 +269,22 @@ def compress_pack(
 def _origins(
     pack: MemoryPack,
     folder: Path,
+    gates: Sequence[PackGate],
     kept: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]],
 ) -> Any:
-    """Where the entries came from, for the pack that is written; `kept`: rows and counts."""
+    """Where the entries of the gates came from, for the pack that is written.
+
+    `kept`: rows and counts of those that have not all of their entries any more.
+    """
     origins = pack.read_origins()
     assert origins is not None
     assert pack.origins is not None
-    if not kept:
+    if not kept and len(gates) == len(pack.gates):
         shutil.copyfile(pack.path / pack.origins.file, folder / pack.origins.file)
         return KIND.read(pack.path).content["entries"]
-    rows, counts = {}, {}
+    written = {gate.gate for gate in gates}
+    rows = {gate: found for gate, found in origins.merged.items() if gate in written}
+    counts = {gate: origins.counts[gate] for gate in rows}
     for gate, (left, made_of) in kept.items():
         if len(left) == pack.origin_rows:
             continue

@@ -299,6 +299,25 @@ def test_the_pack_keeps_everything_but_what_was_asked_for(pack: Path, compressed
             np.testing.assert_array_equal(getattr(after.read(new), name), tensor)
 
 
+def test_a_pack_of_some_gates_knows_where_their_entries_came_from(
+    pack: Path, tmp_path: Path
+) -> None:
+    numbers, few = np.arange(ENTRIES, dtype=np.int32), np.arange(0, ENTRIES, 2, dtype=np.int32)
+    merged = dict.fromkeys((1, 2), few)
+    origins = EntryOrigins(numbers, numbers // 60, numbers % 60, merged, merged)
+    written = write_pack(
+        tmp_path / "merged", model=MemoryPack.open(pack).model,
+        gates={0: entries_of(0)} | {gate: entries_of(gate, len(few)) for gate in merged},
+        variant="residual", neighbors=8, similarity="cosine", calibration=preset("residual"),
+        origins=origins, provenance={},
+    )  # fmt: skip
+    some = compress_pack(written, tmp_path / "some", gates=[0, 2]).pack.read_origins()
+    assert some is not None
+    np.testing.assert_array_equal(some.documents_of(0), numbers // 60)
+    np.testing.assert_array_equal(some.documents_of(2), few // 60)
+    assert set(some.merged) == {2}
+
+
 def test_int8_keys_are_within_half_a_step_and_are_what_every_gate_reads(
     pack: Path, tmp_path: Path
 ) -> None:
