@@ -69,7 +69,7 @@ class KnnMoeLM(TemplateLM):  # type: ignore[misc]  # the harness is an optional 
 
     @property
     def eot_token_id(self) -> int:
-        """The token before the first: an end-of-text token, or 0 where the model has none."""
+        """A token that ends a text, or 0 where the model has none."""
         ends = self.model.generation_config.eos_token_ids
         return int(ends[0]) if ends else 0
 
@@ -78,11 +78,27 @@ class KnnMoeLM(TemplateLM):  # type: ignore[misc]  # the harness is an optional 
         """What caches of requests are kept apart by."""
         return str(self.model.identity.fingerprint)
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from.
+
+        The token that the tokenizer puts before every text, else the end of the text before.
+        """
+        return next(iter(self.model.tokenizer.added_before()), self.eot_token_id)
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; empty for an empty string."""
-        return list(self.model.tokenizer.encode(string)) if string else []
+        """Token ids, with the special tokens that the tokenizer adds if not told otherwise.
+
+        Empty for an empty string.
+        """
+        if not string:
+            return []
+        tokenizer = self.model.tokenizer
+        if add_special_tokens is False:
+            return tokenizer.encode_rendered(string)
+        return tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self,
@@ -92,6 +108,9 @@ class KnnMoeLM(TemplateLM):  # type: ignore[misc]  # the harness is an optional 
     ) -> list[tuple[float, bool]]:
         answers = []
         for texts, context, continuation in requests:
+            if texts is not None and not texts[0] and continuation[:1] == context:
+                # Older harnesses let the tokenizer put the prefix before what follows it.
+                continuation = continuation[1:]
             answer = self._score(context, continuation)
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -103,7 +122,7 @@ class KnnMoeLM(TemplateLM):  # type: ignore[misc]  # the harness is an optional 
         answers = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length - 1,
                 context_len=1,

@@ -99,6 +99,13 @@ class Tokenizer:
             raise InputError(where, "gives no tokens", found=repr(text[:40]))
         return ids
 
+    def added_before(self) -> list[int]:
+        """Ids of the special tokens that the tokenizer puts before every text; often none."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        whole: list[int] = self._backend.encode("a", add_special_tokens=True).ids
+        places = range(len(whole) - len(plain) + 1)
+        return next((whole[:at] for at in places if whole[at : at + len(plain)] == plain), [])
+
     def encode_part(self, text: str, *, first: bool) -> list[int]:
         """Token ids of a part of a text; nothing is checked.
 

@@ -92,6 +92,24 @@ def test_the_memory_changes_what_the_harness_sees(tiny_bundle: Path, tiny_pack: 
     assert b == pytest.approx(float(frozen.model.score([1, 2, 3, 4, 5])[2:].sum()), abs=1e-4)
 
 
+def test_what_the_tokenizer_puts_before_a_text_is_not_predicted(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Mixtral's tokenizer and DeepSeek's do."""
+    from lm_eval.api.instance import Instance
+
+    model = KnnMoeLM(str(tiny_bundle), threads=1)
+    tokenizer = model.model.tokenizer
+    plain = tokenizer.encode("a heron")
+    monkeypatch.setattr(tokenizer, "encode", lambda text: [7, *tokenizer.encode_rendered(text)])
+    monkeypatch.setattr(tokenizer, "added_before", lambda: [7])
+    expected = float(model.model.score([7, *plain]).sum())
+    rolling = Instance("loglikelihood_rolling", {}, ("a heron",), 0)
+    assert model.loglikelihood_rolling([rolling])[0] == pytest.approx(expected, abs=1e-4)
+    pair = Instance("loglikelihood", {}, ("", "a heron"), 0)
+    assert model.loglikelihood([pair])[0][0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_greedy_continuations_are_known_for_what_they_are(tiny_bundle: Path) -> None:
     model = KnnMoeLM(str(tiny_bundle), threads=1)
     best = int(model.model.logits([1, 2, 3])[-1].argmax())

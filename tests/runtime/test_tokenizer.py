@@ -153,6 +153,16 @@ def test_special_ids_are_read_from_the_configuration(by_bytes: Tokenizer) -> Non
     assert by_bytes.pad_token_id == 257
 
 
+def test_what_stands_before_every_text_is_known(by_bytes: Tokenizer) -> None:
+    assert by_bytes.added_before() == []
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "<unk>": 3}, unk_token="<unk>")
+    )
+    both = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    backend.post_processor = tokenizers.processors.TemplateProcessing(**both)
+    assert Tokenizer(backend).added_before() == [0]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
