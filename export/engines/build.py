@@ -428,6 +428,7 @@ def _with_signed(task: _Task, codes: Sequence[SignedCodes], folder: Path) -> Pat
     total = sum(stored[each.name].length for each in codes)
     check_free_space(folder, total)
     for location in {tensor.location for tensor in stored.values()}:
+        (folder / location).parent.mkdir(exist_ok=True)  # of linked files
         (folder / location).symlink_to(source / location)
     done = 0
 

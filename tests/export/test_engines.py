@@ -12,20 +12,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
+from knnmoe.export.engines import build as build_module
 from knnmoe.export.engines import cli, settings
 from knnmoe.export.engines.build import build
 from knnmoe.export.engines.process import environment
 from knnmoe.export.engines.settings import BuildSettings, dimension_ranges, limits_for, profile
 from knnmoe.export.exporter import export
+from knnmoe.export.signed_codes import signed_codes
 from knnmoe.runtime.bundle import Bundle, ModelShape, TensorSpec
 from knnmoe.runtime.cli import main
 from knnmoe.runtime.engines import engine_set
 from knnmoe.runtime.engines.engine_set import ENGINES, EngineSet, Limits, find_engines
 from knnmoe.runtime.errors import BackendError, EngineError, OutputError, SettingError
-from tiny import make_tiny_olmoe
+from tiny import make_tiny, make_tiny_olmoe
 
 SHAPE = ModelShape(32, 256, 3, 3, 8, 4, 2, 8, 128)
 GRAPHS = BuildSettings(backend="onnxruntime", limits=Limits(2, 64, 16, 1000))
@@ -212,6 +215,27 @@ def test_engines_of_weights_in_blocks_leave_nothing_beside_them(tmp_path: Path) 
     assert {path.suffix for path in (tmp_path / "set").iterdir()} == {".engine", ".json"}
     written = [(done, total) for _, phase, done, total in said if phase == "signed codes"]
     assert written[-1][0] == written[-1][1] > 0
+
+
+def test_signed_codes_lie_beside_weights_that_are_the_checkpoints_own(tmp_path: Path) -> None:
+    source = make_tiny(tmp_path / "c", "mixtral", dtype="float16", hidden_size=128)
+    bundle = Bundle.open(export(source, tmp_path / "b", precision="int4", link=True).bundle)
+    jobs = build_module._jobs(bundle, RTX, with_plugin=False)
+    target = build_module._Target("1", (), "")
+    task = build_module._Task(bundle, target, None, None, False, lambda *_: None)
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    codes = signed_codes(job.graph.content for job in jobs)
+    assert build_module._with_signed(task, codes, folder) == folder
+    referred = {
+        entry.value
+        for job in jobs
+        for tensor in onnx.load_model_from_string(job.graph.content).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    assert any(location.startswith("checkpoint/") for location in referred)
+    assert all((folder / location).is_file() for location in referred)
 
 
 def test_an_interrupt_ends_the_builder_too(tiny_bundle: Path, tmp_path: Path) -> None:
