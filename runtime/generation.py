@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,25 +218,27 @@ def check_prompt(
     return ids[None, :]
 
 
-def check_tokens(prompt_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
+def check_tokens(
+    token_ids: Sequence[int] | NDArray[Any], vocab_size: int, *, where: str = "prompt"
+) -> NDArray[np.int64]:
     """Token ids as [S] int64, or `InputError` if they are none of this vocabulary."""
     try:
-        ids = np.asarray(prompt_ids)
+        ids = np.asarray(token_ids)
     except ValueError:  # sequences of several lengths
         ids = np.empty((), object)
     if ids.size == 0:
-        raise InputError("prompt", "empty", expected="at least one token")
+        raise InputError(where, "empty", expected="at least one token")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise InputError(
-            "prompt",
+            where,
             "not a sequence of token ids",
             expected="text, or a sequence of whole numbers",
-            found=repr(prompt_ids)[:60],
+            found=repr(token_ids)[:60],
         )
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise InputError(
-            "prompt",
+            where,
             "token id outside the vocabulary",
             expected=f"0 to {vocab_size - 1}",
             found=int(wrong),

@@ -421,10 +421,10 @@ class Model:
         Raises:
             InputError: If the sequence is empty, too long, or outside the vocabulary.
         """
-        ids = np.asarray(token_ids, np.int64).reshape(1, -1)
-        self._check_length(ids.size)
+        self._check_length(len(token_ids))
+        ids = check_tokens(token_ids, self.pipeline.vocab_size, where="token_ids")
         cache = self.pipeline.new_cache(capacity=ids.size)
-        return self.pipeline.step(cache, ids, rows="all")
+        return self.pipeline.step(cache, ids[None], rows="all")
 
     def score(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         """Log-probability of each token given those before it: [T] → fp32 [T-1], in nats."""

@@ -21,6 +21,7 @@ from .manifest import parse_object
 Logits = NDArray[np.float32]
 
 NUCLEUS_FIRST = 1024
+LEAST_TEMPERATURE = 1e-30  # any below it takes the likeliest token too, and may be 0 in fp32
 DRAWS = 64  # at a time
 
 
@@ -274,7 +275,8 @@ def odds_of(
         scores = scores[ids]
     else:
         ids = np.arange(len(scores))
-    odds = np.exp((scores - highest) / np.float32(config.temperature)).astype(np.float64)
+    temperature = np.float32(max(config.temperature, LEAST_TEMPERATURE))
+    odds = np.exp((scores - highest) / temperature).astype(np.float64)
     if config.top_p < 1:
         beyond = 0.0
         if len(odds) > NUCLEUS_FIRST:

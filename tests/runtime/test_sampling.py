@@ -180,6 +180,14 @@ def test_logits_that_are_not_numbers_are_an_error(number: float, do_sample: bool
             Sampler(GenerationConfig(do_sample=do_sample), VOCAB).choose(wrong)
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-45, 1e-60])
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float) -> None:
+    logits = np.array([3, -2, 11, 10.5, -np.inf], np.float32)
+    config = GenerationConfig(do_sample=True, top_k=0, temperature=temperature)
+    ids, odds = odds_of(logits, logits.max(), config)
+    assert odds[ids == 2] == odds.sum() == 1
+
+
 def test_choosing_leaves_the_logits_alone() -> None:
     logits = some_logits(0)
     before = logits.copy()
