@@ -24,6 +24,7 @@ from .generation import (
 from .metrics import Meter
 from .pipeline import Pipeline
 from .sampling import GenerationConfig
+from .watch import Cancel
 
 
 def generate_batch(
@@ -32,10 +33,12 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     meter: Meter,
+    closing: Cancel,
 ) -> list[Completion]:
     """Continue prompts of token ids; each gets the text that it would get alone.
 
-    A step costs what it costs for all, until the last text has ended.
+    A step costs what it costs for all, until the last text has ended. Once `closing` is set, those
+    that have not end as `cancelled`.
 
     Raises:
         InputError: If a prompt is empty, too long, or has ids outside the vocabulary.
@@ -52,7 +55,7 @@ def generate_batch(
     padded = np.zeros((len(checked), int(lengths.max())), np.int64)
     for row, ids in zip(padded, checked, strict=True):
         row[: len(ids)] = ids
-    return _write(pipeline, cache, padded, lengths, writers, meter)
+    return _write(pipeline, cache, padded, lengths, writers, meter, closing)
 
 
 def _write(
@@ -62,6 +65,7 @@ def _write(
     lengths: NDArray[np.int64],
     writers: list[Writer],
     meter: Meter,
+    closing: Cancel,
 ) -> list[Completion]:
     stopwatches = [Stopwatch() for _ in writers]
     events: list[list[Event]] = [[] for _ in writers]
@@ -71,6 +75,11 @@ def _write(
         counts = [stack.enter_context(meter.text(int(length))) for length in lengths]
         tokens, real = ids, lengths
         while running.any():
+            if closing.is_set():
+                for row in np.flatnonzero(running):
+                    stopwatches[row].tick()
+                    events[row].append(writers[row].interrupted("cancelled"))
+                break
             start = perf_counter()
             past = cache.lengths.copy()
             logits = pipeline.step(cache, tokens, real)
@@ -87,7 +96,7 @@ def _write(
                 stopwatches[row].tick()
                 events[row].append(event)
                 counts[row].token()
-                assert event.token_id is not None  # nothing interrupts a batch
+                assert event.token_id is not None  # of a token that was chosen
                 token[row, 0] = event.token_id
                 if event.finish_reason is not None:
                     running[row] = 0

@@ -413,6 +413,7 @@ class Model:
             [self._prompt(prompt) for prompt in prompts],
             (config or self.generation_config).with_overrides(**overrides),
             self._meter,
+            self._closing,
         )
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:

@@ -310,6 +310,26 @@ def test_the_likeliest_tokens_come_with_their_log_probabilities(model: Model) ->
     assert event.alternatives[0] == (event.token_id, pytest.approx(event.logprob, abs=1e-6))
 
 
+def test_a_closed_model_ends_the_texts_of_a_batch(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.load(tiny_bundle, threads=1)
+    whole = model.generate_batch([IDS[:9], IDS[:4]], **GREEDY)
+    run, steps = model.pipeline.step, []
+
+    def step(*arguments: Any) -> Any:
+        steps.append(run(*arguments))
+        if len(steps) == 3:
+            model.close()
+        return steps[-1]
+
+    monkeypatch.setattr(model.pipeline, "step", step)
+    ended = model.generate_batch([IDS[:9], IDS[:4]], **GREEDY)
+    assert [text.finish_reason for text in ended] == ["cancelled", "cancelled"]
+    assert [text.token_ids for text in ended] == [text.token_ids[:3] for text in whole]
+    assert model.metrics.finished["cancelled"] == 2
+
+
 def test_a_closed_model_ends_its_texts_and_refuses_others(tiny_bundle: Path) -> None:
     with Model.load(tiny_bundle, threads=1) as model:
         events = model.stream(IDS[:9], **GREEDY)
