@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from knnmoe.runtime.cli_support import outcome
+from knnmoe.runtime.cli_support import outcome, resumable
 from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
 
@@ -194,23 +194,19 @@ def build(
         from .settings import BuildSettings, UseSettings, Workers
         from .tables import print_build
 
-        try:
-            with token_bar("Building") as progress:
-                report = build_memory(
-                    checkpoint,
-                    references,
-                    pack,
-                    settings=BuildSettings(**_fields(BuildSettings, options)),
-                    use=UseSettings(**_fields(UseSettings, options)),
-                    background=background,
-                    workers=Workers.of(workers, threads, ray=ray),
-                    overwrite=overwrite,
-                    restart=restart,
-                    progress=progress,
-                )
-        except KeyboardInterrupt:
-            click.echo("Give the same command again to go on.", err=True)
-            raise
+        with resumable(pack), token_bar("Building") as progress:
+            report = build_memory(
+                checkpoint,
+                references,
+                pack,
+                settings=BuildSettings(**_fields(BuildSettings, options)),
+                use=UseSettings(**_fields(UseSettings, options)),
+                background=background,
+                workers=Workers.of(workers, threads, ray=ray),
+                overwrite=overwrite,
+                restart=restart,
+                progress=progress,
+            )
         result(report.to_json(), lambda: print_build(report))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knnmoe import __version__
-from knnmoe.runtime.cli_support import EXIT_CODES, CommandLine, outcome
+from knnmoe.runtime.cli_support import EXIT_CODES, CommandLine, outcome, resumable
 from knnmoe.runtime.commands.common import PATH, json_option
 from knnmoe.runtime.errors import BackendError
-from knnmoe.runtime.jobs import work_directory
 
 from .frontends import DESCRIPTION, FRONTENDS, TORCH, TRACED_FAMILIES
 
@@ -182,7 +179,7 @@ def main(
         if verified:
             require_reference()  # now, and not after the weights are written
         checks: list[VerifyReport] = []
-        with _resumable(bundle), export_bars() as progress:
+        with resumable(bundle), export_bars() as progress:
 
             def compare(written: Bundle) -> None:
                 checks.append(verify(checkpoint, written, progress=progress))
@@ -203,17 +200,6 @@ def main(
             )
         check = checks[0] if checks else None
         result(to_json(report, check), lambda: _show(report, check))
-
-
-@contextmanager
-def _resumable(bundle: Path) -> Iterator[None]:
-    """Say after an interruption how to go on, if anything was finished."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        if work_directory(bundle.absolute()).exists():
-            click.echo("Give the same command again to go on.", err=True)
-        raise
 
 
 def to_json(report: ExportReport, check: VerifyReport | None) -> dict[str, Any]:

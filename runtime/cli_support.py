@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -74,6 +75,19 @@ def outcome(as_json: bool) -> Iterator[Result]:
         _fail(known, as_json, stdout)
     except KeyboardInterrupt:
         _end_interrupted()
+
+
+@contextlib.contextmanager
+def resumable(target: Path) -> Iterator[None]:
+    """Say after an interruption how to go on with a target, if anything of it was finished."""
+    from .jobs import work_directory
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if work_directory(target.absolute()).exists():
+            click.echo("Give the same command again to go on.", err=True)
+        raise
 
 
 class CommandLine(click.Command):

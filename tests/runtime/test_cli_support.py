@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from knnmoe.runtime.cli_support import outcome, printable
+from knnmoe.runtime.cli_support import outcome, printable, resumable
 from knnmoe.runtime.errors import SettingError
 
 
@@ -138,3 +138,12 @@ def test_standard_output_that_is_closed_is_no_defect():
     closed = ["sh", "-c", '"$@" >&-', "sh", *COMPLETION]
     done = subprocess.run(closed, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_was_begun_can_be_gone_on_with(begun, tmp_path, capsys):
+    if begun:
+        (tmp_path / "pack.partial").mkdir()
+    with pytest.raises(KeyboardInterrupt), resumable(tmp_path / "pack"):
+        raise KeyboardInterrupt
+    assert ("again to go on" in capsys.readouterr().err) == begun
