@@ -20,6 +20,7 @@ from knnmoe.runtime.errors import BackendError, SettingError
 from .plan import (
     KERNELS,
     KEY_DTYPES,
+    MAX_DECODE_TOKENS,
     MAX_NEIGHBORS,
     PARAMS,
     SOURCE,
@@ -27,6 +28,7 @@ from .plan import (
     KeyType,
     Problem,
     make_plan,
+    most_tokens,
     sources_hash,
 )
 
@@ -173,6 +175,11 @@ class CupyBlend:
         self._problem = Problem(
             self.key_type, 1, 1, hidden, self.values.shape[1], columns, entries, candidates
         )
+        most = most_tokens(self._problem.scan_type)
+        if not 1 <= max_tokens <= most:
+            raise SettingError(
+                "max_tokens", "out of range", expected=f"1 to {most}", found=max_tokens
+            )
         self.max_tokens = max_tokens
         needed = _most_workspace(self._problem, self._device, max_tokens)
         self.workspace: Array = None if beside is None else beside.workspace
@@ -332,10 +339,12 @@ class CupyBlend:
 def _most_workspace(problem: Problem, device: Device, max_tokens: int) -> int:
     """Scratch bytes for up to so many tokens; once for all gates of a model, whose sizes are alike.
 
-    Fewer tokens may need more, being split in more parts.
+    Fewer tokens may need more, being split in more parts: every number of tiles is asked about.
     """
+    few = range(1, min(MAX_DECODE_TOKENS, max_tokens) + 1)
     plans = (
-        make_plan(replace(problem, tokens=tokens), device) for tokens in range(1, max_tokens + 1)
+        make_plan(replace(problem, tokens=tokens), device)
+        for tokens in (*few, *range(MAX_DECODE_TOKENS, max_tokens, 8), max_tokens)
     )
     return max(plan.workspace_bytes for plan in plans)
 

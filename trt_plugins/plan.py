@@ -28,6 +28,7 @@ def sources_hash() -> str:
 # As in params.cuh.
 MAX_NEIGHBORS = 64
 MAX_DECODE_TOKENS = 16
+MAX_TILES = 65535  # of a call, as in plan.h
 WARPS, PREFILL_WARPS, FINISH_WARPS = 8, 4, 4
 LANES = 32
 # Tokens that one read of the keys can serve, beside one.
@@ -110,6 +111,11 @@ class Plan:
     launches: tuple[Launch, ...]
     splits: int
     workspace_bytes: int
+
+
+def most_tokens(scan_type: KeyType) -> int:
+    """The most that a call takes."""
+    return MAX_TILES * _prefill_tokens(scan_type)
 
 
 def make_plan(problem: Problem, device: Device) -> Plan:
@@ -195,7 +201,7 @@ def _decode(problem: Problem, device: Device) -> Plan:
 
 def _prefill(problem: Problem, device: Device) -> Plan:
     scan_type = problem.scan_type
-    tile = _Tile.of(scan_type, 8 if scan_type == "f32" else 32, problem.hidden)
+    tile = _Tile.of(scan_type, _prefill_tokens(scan_type), problem.hidden)
     tiles = -(-problem.tokens // tile.tokens)
     fill = max(1, 4 * device.multiprocessors // tiles)
     splits = min(fill, max(1, -(-problem.capacity // (PREFILL_WARPS * tile.keys))))
@@ -220,6 +226,10 @@ def _prefill(problem: Problem, device: Device) -> Plan:
     )  # fmt: skip
     bytes_ = _workspace_bytes(problem, splits, tile.tokens, tile.query_bytes)
     return Plan(launches, splits, bytes_)
+
+
+def _prefill_tokens(scan_type: KeyType) -> int:
+    return 8 if scan_type == "f32" else 32
 
 
 def _workspace_bytes(problem: Problem, splits: int, tile_tokens: int, query_bytes: int) -> int:

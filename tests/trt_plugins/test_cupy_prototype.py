@@ -25,7 +25,7 @@ from knnmoe.trt_plugins.cupy_prototype import (
     MemoryArrays,
     import_cupy,
 )
-from knnmoe.trt_plugins.plan import KEY_TYPES, SOURCE, KeyType
+from knnmoe.trt_plugins.plan import KEY_TYPES, MAX_TILES, SOURCE, KeyType
 from memories import random_calibration, random_memory
 
 
@@ -105,7 +105,7 @@ def make_case(key_type: KeyType, tokens: int, similarity: Any = "cosine") -> Cas
     )
 
 
-def make_blend(case: Case, **changed: Any) -> CupyBlend:
+def make_blend(case: Case, max_tokens: int = 40, **changed: Any) -> CupyBlend:
     memory = case.stored.memory
     arrays: dict[str, Any] = {
         "keys": case.stored.keys, "key_scales": case.stored.key_scales,
@@ -116,7 +116,7 @@ def make_blend(case: Case, **changed: Any) -> CupyBlend:
     if scan := case.stored.scan:
         arrays |= {"scan_keys": scan.keys, "scan_scales": scan.scales}
         arrays |= {"candidates": case.stored.candidates}
-    return CupyBlend(MemoryArrays(**{**arrays, **changed}), max_tokens=40, cupy=fake_cupy())
+    return CupyBlend(MemoryArrays(**{**arrays, **changed}), max_tokens=max_tokens, cupy=fake_cupy())
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
@@ -236,6 +236,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         make_blend(case, keys=case.stored.keys.astype(np.int32))
     with pytest.raises(SettingError, match=r"^neighbors: "):
         make_blend(case, k=65)
+    for most in (0, 32 * MAX_TILES + 1):
+        with pytest.raises(SettingError, match=r"^max_tokens: .*1 to 2097120"):
+            make_blend(case, max_tokens=most)
 
 
 def test_without_cupy_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

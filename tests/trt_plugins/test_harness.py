@@ -21,7 +21,7 @@ from knnmoe.runtime.blend import Blended
 from knnmoe.runtime.errors import BackendError, SettingError
 from knnmoe.trt_plugins import library
 from knnmoe.trt_plugins.harness import PluginHarness, build_harness
-from knnmoe.trt_plugins.plan import KEY_TYPES, KeyType
+from knnmoe.trt_plugins.plan import KEY_TYPES, MAX_TILES, KeyType
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,22 @@ def test_what_the_plugin_says_is_in_the_error(harness: Path, emulated: Path) -> 
         driven.workspace_bytes([a.astype(np.complex64) for a in inputs], outputs)
     with pytest.raises(SettingError, match="input 0: not on the device"):
         driven.bind(inputs, outputs)
+
+
+def test_more_rows_than_a_grid_has_are_refused(harness: Path, emulated: Path) -> None:
+    cupy, most = fake_cupy(), 8 * MAX_TILES
+    driven = PluginHarness(emulated, fields={"similarity": "rbf"}, harness=harness, cupy=cupy)
+    for rows, taken in ((most, True), (most + 1, False)):
+        shapes = [(rows, 1), (rows, 1), (1, 1), (1, 2), (1, 1), 1, 1, 1, 1, 12, (1, 2), 1]
+        types = {6: np.int64, 7: np.int64, 11: np.int64}
+        inputs = [cupy.empty(s, types.get(i, np.float32)) for i, s in enumerate(shapes)]
+        shapes = [(rows, 1), (1, 2), rows, (rows, 1), (rows, 1)]
+        outputs = [cupy.empty(s, np.int64 if i == 3 else np.float32) for i, s in enumerate(shapes)]
+        if taken:
+            driven.bind(inputs, outputs)
+            continue
+        with pytest.raises(BackendError, match=f"more rows than a call takes: {rows}"):
+            driven.bind(inputs, outputs)
 
 
 def test_fields_come_back_as_they_were_given(harness: Path, emulated: Path) -> None:

@@ -10,6 +10,7 @@ from emulated import library, plan_in_c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knnmoe.trt_plugins.cupy_prototype import _most_workspace
 from knnmoe.trt_plugins.plan import (
     KEY_TYPES,
     NUMBERS,
@@ -49,6 +50,17 @@ devices = st.builds(
     multiprocessors=st.integers(1, 160),
     shared_bytes=st.sampled_from([48, 99, 163, 227]).map(lambda kib: kib * 1024),
 )
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem=problems, device=devices)
+def test_scratch_memory_suffices_for_every_number_of_tokens(
+    problem: Problem, device: Device
+) -> None:
+    most = min(problem.tokens, 300)
+    reserved = _most_workspace(problem, device, most)
+    asked = [make_plan(replace(problem, tokens=n), device) for n in range(1, most + 1)]
+    assert reserved == max(plan.workspace_bytes for plan in asked)
 
 
 @settings(max_examples=500, deadline=None)

@@ -7,6 +7,8 @@
 
 namespace knnmoe {
 
+constexpr int kMostTiles = 65535;  // of a call: rows of a grid
+
 enum class KeyType { kFloat32, kFloat16, kInt8 };
 
 struct Device {

@@ -16,7 +16,8 @@
 // Shared memory   scan: 4 lists of `columns` (or R) candidates a token: 1 KiB · columns, so that of
 //                 64 columns one block fits an SM of 100 KiB, where two run of 48 or fewer;
 //                 others: little. None of it grows with D, whose queries are in the workspace
-// Limits          K ≤ columns ≤ 64, N < 2^31; any T, D and E
+// Limits          K ≤ columns ≤ 64, N < 2^31, 65,535 tiles (2 million tokens, of fp32 keys half a
+//                 million); any D and E
 //
 // In a search of two stages the scan is that of int8 keys, and rescore.cuh takes the merge's place.
 #pragma once

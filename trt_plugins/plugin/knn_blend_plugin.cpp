@@ -279,6 +279,10 @@ public:
             return -1;
         plan_ = make_plan(problem_, {std::min(multiprocessors, kMostMultiprocessors), shared});
         for (int i = 0; i < plan_.launch_count; ++i) {
+            if (plan_.launches[i].grid_y > kMostTiles) {
+                report("x has more rows than a call takes: " + std::to_string(problem_.tokens));
+                return -1;
+            }
             kernels_[i] = find_kernel(plan_.launches[i].kernel);
             // The most there is, since other contexts launch the same kernels with other sizes.
             if (!succeeded(
