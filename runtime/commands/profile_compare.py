@@ -139,6 +139,8 @@ def _show(found: Comparison, everything: bool) -> None:
         print_note(f"the records differ in {difference}")
     for point in found.unmatched:
         print_note(point)
+    if any(change.low is None for change in found.changes):
+        print_note("too few: samples for an interval, which takes several rounds of steps")
     if found.unclear:
         print_note("where it cannot be told, measure more steps, or on a quieter machine")
 
@@ -158,7 +160,7 @@ def _table(found: Comparison, everything: bool) -> Table:
     for name in ("point", "part"):
         table.add_column(name)
     for name in ("before", "after", "change", judged):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == judged)
     table.add_column("")
     last = None
     for change in found.changes:
@@ -182,7 +184,7 @@ def _table(found: Comparison, everything: bool) -> Table:
 def in_words(change: Change) -> str:
     """What is judged, in percent, with its interval: `+10.2% [+7.9, +12.4]`."""
     if change.low is None or change.high is None:
-        return f"{change.beside - 1:+.1%} [too few samples]"
+        return f"{change.beside - 1:+.1%} [too few]"
     return (
         f"{change.beside - 1:+.1%} [{100 * (change.low - 1):+.1f}, {100 * (change.high - 1):+.1f}]"
     )

@@ -101,14 +101,24 @@ def test_an_interrupt_says_how_to_go_on(
 ) -> None:
     from knnmoe.calibration import learners
 
-    def interrupt(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+    learn, learned = learners.learn, []
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        if len(learned) == batches:
+            raise KeyboardInterrupt
+        learned.append(learn(*arguments, **options))
+        return learned[-1]
 
     monkeypatch.setattr(learners, "learn", interrupt)
-    result = call("build", tiny_checkpoint, reference, tmp_path / "pack")
-    assert result.exit_code == 130
-    assert "same command again" in result.stderr
-    assert not (tmp_path / "pack").exists()
+    for batches in (0, 2):
+        learned.clear()
+        result = call(
+            "build", tiny_checkpoint, reference, tmp_path / "pack", "--batch-tokens", "64",
+            "--max-length", "32", "--rate", "absolute",
+        )  # fmt: skip
+        assert result.exit_code == 130
+        assert ("same command again" in result.stderr) == bool(batches)
+        assert not (tmp_path / "pack").exists()
 
 
 def test_inspect_shows_a_pack(call: Call, tiny_pack: Path) -> None:
