@@ -90,7 +90,7 @@ def records_of(
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--memory", type=click.Path(path_type=Path, exists=True))
 @click.option("--pairs", default=20, show_default=True)
-@click.option("--steps", default=1000, show_default=True, help="Of a run.")
+@click.option("--steps", default=1500, show_default=True, help="Of a run.")
 @click.option("--segment", default=2, show_default=True, help="Which one is made slower.")
 @click.option("--more", default=0.1, show_default=True, help="By what share of its time.")
 @click.option("--quantile", default=QUANTILE, show_default=True, help="That is compared.")

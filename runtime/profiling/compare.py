@@ -41,7 +41,10 @@ MIN_SHARE = 0.01
 QUANTILE = 0.1
 MIN_BESIDE = 5  # parts; of fewer one cannot tell what they have in common
 MIN_RUNS = 3  # of each side, that tell how runs differ
-UNSEEN = 0.005  # standard deviation of a part's level from run to run that no run shows in itself
+# Standard deviations of a part's level from run to run that no run shows in itself: of any run, and
+# for each unit that all parts have changed by, since what slows a machine does not hit all alike.
+UNSEEN = 0.005
+SUFFERED = 0.05
 MOST = 700.0  # whose exponential is still a number
 COMPARED = ("cpu", "architecture", "cores_usable", "governor", "system", "python", "knnmoe",
             "numpy", "onnxruntime", "faiss-cpu")  # fmt: skip
@@ -320,7 +323,7 @@ def _changes(
         _moves([(pair.after, pair.after_rounds) for pair in pairs], shown, settings, 1),
     ]
     random = np.random.default_rng(settings.seed)
-    unseen = UNSEEN * math.sqrt(2 / settings.runs)
+    unseen = math.hypot(UNSEEN * math.sqrt(2 / settings.runs), SUFFERED * shared[0])
     moved = [
         after - before + random.normal(0, unseen, before.shape)
         for before, after in zip(*sides, strict=True)
