@@ -160,7 +160,7 @@ def texts_of(path: Path) -> list[str]:
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "notes.TXT"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\xc3\xa9\n")
-    assert texts_of(path) == ["one\r\n\xe9\n"]
+    assert texts_of(path) == ["one\n\xe9\n"]
 
 
 def test_a_json_lines_file_is_one_document_a_line(tmp_path: Path) -> None:
