@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.text import Text
 from knnmoe.runtime.atomic import readable_size
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.cli_support import printable
-from knnmoe.runtime.commands.common import output
+from knnmoe.runtime.commands.common import fitting, output
 
 if TYPE_CHECKING:
     from .budget_report import BudgetReport
@@ -144,25 +146,8 @@ def print_summary(summary: PackSummary) -> None:
         f" {pack.similarity} similarity, {readable_size(pack.bytes)}",
         markup=False,
     )
-    table = Table()
-    columns = ("gate", "entries", "background", "size", "logits", "residuals", "evidence")
-    for name in (*columns, "midpoint", "sharpness"):
-        table.add_column(name, justify="right")
-    for gate, stated in zip(summary.gates, pack.gates, strict=True):
-        numbers = stated.calibration
-        gated = bool(numbers.sharpness)
-        table.add_row(
-            str(gate.gate),
-            f"{gate.entries:,}",
-            f"{gate.background:,}",
-            readable_size(gate.bytes),
-            f"{gate.logit_rms:.3f}",
-            f"{gate.residual_rms:.3f}",
-            f"{gate.similarity:.3f}",
-            f"{numbers.midpoint:.3f}" if gated else "-",
-            f"{numbers.sharpness:.3g}" if gated else "-",
-        )
-    console.print(table)
+    least = ("sharpness", "midpoint", "residuals", "logits", "evidence", "background")
+    console.print(fitting(console, partial(_gates_table, summary), least))
     console.print(
         "Logits and residuals: root mean square. Evidence: what an entry drawn at random finds"
         " among the entries of other documents.",
@@ -177,6 +162,33 @@ def print_summary(summary: PackSummary) -> None:
     if missing:
         console.print(f"gates {', '.join(map(str, missing))}: left to the frozen router")
     _print_provenance(console, pack.provenance)
+
+
+def _gates_table(summary: PackSummary, left_out: Sequence[str]) -> Table:
+    rows = []
+    for gate, stated in zip(summary.gates, summary.pack.gates, strict=True):
+        numbers = stated.calibration
+        gated = bool(numbers.sharpness)
+        rows.append(
+            {
+                "gate": str(gate.gate),
+                "entries": f"{gate.entries:,}",
+                "background": f"{gate.background:,}",
+                "size": readable_size(gate.bytes),
+                "logits": f"{gate.logit_rms:.3f}",
+                "residuals": f"{gate.residual_rms:.3f}",
+                "evidence": "-" if isnan(gate.similarity) else f"{gate.similarity:.3f}",
+                "midpoint": f"{numbers.midpoint:.3f}" if gated else "-",
+                "sharpness": f"{numbers.sharpness:.3g}" if gated else "-",
+            }
+        )
+    table = Table()
+    kept = [name for name in rows[0] if name not in left_out]
+    for name in kept:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in kept))
+    return table
 
 
 def print_calibration(report: CalibrationReport) -> None:

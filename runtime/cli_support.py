@@ -250,7 +250,7 @@ def _stated(error: Exception) -> KnnMoeError | None:
 
 def print_error(error: KnnMoeError) -> None:
     """Print an error for a person, on standard error."""
-    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True, color=_colour())
     click.echo(f"{printable(error.where)}: {printable(error.problem)}", err=True)
     for label, text in (("expected", error.expected), ("found", error.found)):
         if text is not None:
@@ -259,9 +259,14 @@ def print_error(error: KnnMoeError) -> None:
         click.echo(f"  {printable(error.fix)}", err=True)
 
 
+def _colour() -> bool | None:
+    """What click is to do about colours: none with NO_COLOR (no-color.org), else what it would."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def print_note(text: str) -> None:
     """Print something a person should know, on standard error."""
-    click.secho("note: ", fg="yellow", bold=True, nl=False, err=True)
+    click.secho("note: ", fg="yellow", bold=True, nl=False, err=True, color=_colour())
     click.echo(printable(text), err=True)
 
 

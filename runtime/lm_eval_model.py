@@ -15,11 +15,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import model_registry
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from .errors import SettingError
+from .cli_support import outcome
+from .errors import BackendError, SettingError
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import model_registry
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    with outcome(False):
+        raise BackendError(
+            "lm_eval",
+            f"needs the package {error.name}, which is not installed",
+            fix="Run `pip install 'knnmoe[lm-eval]'`.",
+        ) from error
+
 from .model import Model
 
 NAME = "knnmoe"

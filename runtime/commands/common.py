@@ -14,6 +14,7 @@ from ..errors import InputError, SettingError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ..model import Model
     from ..sampling import GenerationConfig
@@ -253,6 +254,26 @@ def output(width: int = 100) -> Console:
     if not console.is_terminal:
         console.width = width
     return console
+
+
+def fitting(
+    console: Console, table_without: Callable[[Sequence[str]], Table], least: Sequence[str]
+) -> Table:
+    """A table, on a narrow terminal without as many of its least important columns as it takes.
+
+    Args:
+        console: Where it goes.
+        table_without: Makes the table without columns of these names.
+        least: Names of columns that may be left out, the least important first.
+    """
+    from rich.measure import Measurement
+
+    endless = console.options.update(width=1000)
+    for count in range(len(least) + 1):
+        table = table_without(least[:count])
+        if Measurement.get(console, endless, table).maximum <= console.width:
+            break
+    return table
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..cli_support import printable
-from ..errors import SettingError
+from ..errors import KnnMoeError, SettingError
 from .common import PATH, percent
 
 if TYPE_CHECKING:
@@ -130,19 +130,24 @@ class Outputs:
         """
         from ..profiling.budget import fit_budget
 
-        found = None
+        found, problem = None, None
         if self.budget_ms is not None:
-            found = fit_budget(
-                record,
-                self.budget_ms,
-                context=self.budget_context,
-                quantile=self.budget_quantile,
-            )
+            try:
+                found = fit_budget(
+                    record,
+                    self.budget_ms,
+                    context=self.budget_context,
+                    quantile=self.budget_quantile,
+                )
+            except KnnMoeError as error:
+                problem = error
         if self.html is not None:
             from ..profiling.html import profile_page
             from ..reports.page import write_html
 
             write_html(self.html, profile_page(record, found, device))
+        if problem is not None:
+            raise problem  # the page is there, whatever fits
         if self.write_run_config is not None and found is not None:
             from ..profiling.budget import run_config
 

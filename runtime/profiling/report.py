@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..atomic import readable_size
+from ..commands.common import fitting
 from .figures import frozen_twin, gate_share, summed, typical_ms
 from .intervals import interval, median, percentiles
 from .record import Bound, Part, Point, ProfileRecord, Samples
@@ -24,9 +26,17 @@ def print_record(record: ProfileRecord, console: Console, *, every_part: bool = 
     """Print the parts of a decode step, a line a point, the account, and what to doubt."""
     points = [point for point in record.points if point.whole_ms]
     for point in _explained(points):
-        console.print(_parts_table(point, frozen_twin(point, points), every_part))
+        twin = frozen_twin(point, points)
+        console.print(
+            fitting(
+                console,
+                partial(_parts_table, point, twin, every_part),
+                ("p99", "p90", "share", "95 %"),
+            )
+        )
     if points:
-        console.print(_fitting(points, console))
+        most = ("max", "p90", "tok/s", "95 %")
+        console.print(fitting(console, partial(_points_table, points), most))
     for line in _lines(record, points):
         console.print(line, soft_wrap=False)
     for warning in record.warnings:
@@ -43,15 +53,19 @@ def _explained(points: Sequence[Point]) -> Iterator[Point]:
             yield point
 
 
-def _parts_table(point: Point, frozen: Point | None, every_part: bool) -> Table:
+def _parts_table(
+    point: Point, frozen: Point | None, every_part: bool, left_out: Sequence[str]
+) -> Table:
     from rich.table import Table
 
     title = f"Where a step goes, ms ({_step_name(point)}, {_way(point)})"
     table = Table(title=title, title_justify="left")
     table.add_column("part", no_wrap=True)
-    names = ("p50", "95 %", "p90", "p99", "share", "x bound")
-    for name in names if frozen is None else (*names, "frozen"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ["p50", "95 %", "p90", "p99", "share", "x bound"]
+    names += [] if frozen is None else ["frozen"]
+    kept = [index for index, name in enumerate(names) if name not in left_out]
+    for index in kept:
+        table.add_column(names[index], justify="right", no_wrap=True)
     total = sum(median(part.ms) for part in point.parts)
     rows = _rows(point, every_part)
     others = {} if frozen is None else {part.name: part for part in _rows(frozen, every_part)}
@@ -62,7 +76,8 @@ def _parts_table(point: Point, frozen: Point | None, every_part: bool) -> Table:
         cells += [f"{share:.0%}", _times_bound(median(part.ms), part.bound)]
         if frozen is not None:
             cells.append(_ms(median(twin.ms)) if twin else "")
-        table.add_row(part.name, *cells, style="cyan" if part.kind == "gate" else None)
+        style = "cyan" if part.kind == "gate" else None
+        table.add_row(part.name, *(cells[index] for index in kept), style=style)
 
     for part in rows:
         add(part, others.get(part.name), _taken(part, point))
@@ -80,7 +95,8 @@ def _parts_table(point: Point, frozen: Point | None, every_part: bool) -> Table:
     least = point.bound_ms
     share = "" if least is None else _ratio(median(point.whole_ms) / least)
     last = [] if frozen is None else [_ms(median(frozen.whole_ms))]
-    table.add_row("whole step", *figures, "", share, *last, style="bold")
+    cells = [*figures, "", share, *last]
+    table.add_row("whole step", *(cells[index] for index in kept), style="bold")
     return table
 
 
@@ -99,20 +115,6 @@ def _rows(point: Point, every_part: bool) -> list[Part]:
         same = [part for part in point.parts if part.kind == kind]
         rows.append(same[0] if len(same) == 1 else summed(f"{len(same)} {kind}s", same))
     return rows
-
-
-def _fitting(points: Sequence[Point], console: Console) -> Table:
-    """The table of points, on a narrow terminal without its least important columns."""
-    from rich.measure import Measurement
-
-    left_out: tuple[str, ...] = ()
-    for name in ("", "max", "p90", "tok/s", "95 %"):
-        left_out += (name,)
-        table = _points_table(points, left_out)
-        endless = console.options.update(width=1000)
-        if Measurement.get(console, endless, table).maximum <= console.width:
-            break
-    return table
 
 
 def _points_table(points: Sequence[Point], left_out: Sequence[str]) -> Table:

@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from knnmoe.runtime.cli_support import outcome, printable, resumable
+from knnmoe.runtime.cli_support import outcome, print_note, printable, resumable
 from knnmoe.runtime.errors import SettingError
 
 
@@ -138,6 +138,13 @@ def test_standard_output_that_is_closed_is_no_defect():
     closed = ["sh", "-c", '"$@" >&-', "sh", *COMPLETION]
     done = subprocess.run(closed, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_colours_are_left_out_where_nobody_wants_them(monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("click._compat.isatty", lambda _stream: True)
+    print_note("said")
+    assert capsys.readouterr().err == "note: said\n"
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from knnmoe.runtime.cli import main
 from knnmoe.runtime.errors import ProfileError, SettingError
 from knnmoe.runtime.profiling.budget import fit_budget, memory_cost
-from knnmoe.runtime.profiling.record import Part, Point, ProfileRecord
+from knnmoe.runtime.profiling.record import Part, Point, ProfileRecord, write_record
 from profiles import synthetic_record
 
 GATES = 4
@@ -150,3 +153,12 @@ def test_the_shape_that_was_asked_for_is_the_one_that_is_fitted() -> None:
         memory_cost(both, context=64)
     with pytest.raises(SettingError, match="out of range"):
         fit_budget(both, -1.0)
+
+
+def test_a_page_is_written_though_nothing_fits(tmp_path: Path) -> None:
+    write_record(MEASURED, tmp_path / "record.json")
+    words = ("profile", "show", tmp_path / "record.json", "--budget-ms", "0.5")
+    done = CliRunner().invoke(main, [*map(str, words), "--html", str(tmp_path / "page.html")])
+    assert done.exit_code == 1
+    assert "--budget-ms: is less than the frozen router takes" in done.stderr
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,12 @@ def test_bash_reads_the_script() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the harness is there")
+def test_without_the_harness_the_evaluation_says_what_to_install() -> None:
+    command = [sys.executable, "-m", "knnmoe.runtime.lm_eval_model", "--tasks", "any"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "lm_eval: needs the package lm_eval, which is not installed" in done.stderr
+    assert "Traceback" not in done.stderr
