@@ -20,7 +20,7 @@ from .chat import ChatTemplate, Message
 from .compressed import Memory, first_entries
 from .devices import Device, open_backend
 from .entries import NewEntries, with_entries
-from .errors import BackendError, BundleError, InputError
+from .errors import BackendError, BundleError, InputError, SettingError
 from .generation import Completion, Event, check_prompt, check_tokens
 from .host import LayoutName, ModelBackend
 from .layouts import GateRecord, Layout
@@ -153,6 +153,13 @@ class Model:
                 run_config = RunConfig.read(run_config)
             precision = opened.manifest.precision
             pack = run_config.applied(pack, model.identity, precision, where)
+        own = {"variant": variant, "neighbors": neighbors, "similarity": similarity, "scale": scale}
+        for name, given in own.items():
+            if pack is None and given is not None:
+                raise SettingError(
+                    name, "replaces the memory's own, and there is none", found=given,
+                    fix="Give the memory too, or leave it out.",
+                )  # fmt: skip
         if pack is not None:
             pack = pack.with_settings(variant=variant, neighbors=neighbors, similarity=similarity)
             model.swap_memory(pack if scale is None else _with_scale(pack, scale))

@@ -94,7 +94,8 @@ CALIBRATE = ("--max-tokens", "6000")
 TEST = ("--max-tokens", "40000")
 HELD_OUT = "validation.jsonl"
 
-NEXT = """[bold]Next, with a checkpoint and text of your own[/] (OLMoE family, safetensors):
+NEXT = """[bold]Next, with a checkpoint and text of your own[/]:
+  knnmoe-export --list-families
   knnmoe-export CHECKPOINT my-bundle --verify
   knnmoe memory build CHECKPOINT my-domain.txt my-memory
   knnmoe memory calibrate my-bundle my-memory --domain held-out.txt --general general.txt

@@ -243,3 +243,11 @@ def test_a_swap_forgets_the_evidence_about_the_old_memory(
     model.pipeline.step(cache, IDS[None, 10:11])
     assert cache.states[:, 0, 1].tolist() == [1, 1, 1]
     assert cache.lengths.tolist() == [11]
+
+
+@pytest.mark.parametrize(
+    "own", [{"variant": "logits"}, {"neighbors": 4}, {"similarity": "rbf"}, {"scale": 0.5}]
+)
+def test_settings_of_a_memory_need_one(tiny_bundle: Path, own: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="replaces the memory's own, and there is none"):
+        Model.load(tiny_bundle, **own)
