@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from knnmoe.runtime.atomic import check_writable
 from knnmoe.runtime.errors import InputError, SettingError, VerificationError
 from knnmoe.runtime.evaluation import read_for
 from knnmoe.runtime.memory import MemoryPack
@@ -173,6 +174,7 @@ def calibrate(
             candidate spares other text, or retrieval adds nothing to a constant correction; the
             pack is unchanged.
         InputError, SettingError, BundleError, MemoryPackError: If something given cannot be used.
+        OutputError: If the pack cannot be written into.
     """
     for name, number in (
         ("max general loss", max_general_loss),
@@ -183,6 +185,7 @@ def calibrate(
             raise SettingError(name, "out of range", expected="a number >= 0", found=number)
     limits = Limits(max_general_loss, max_switch_loss)
     opened = MemoryPack.open(pack)
+    check_writable(opened.path)
     model = Model.load(bundle, threads=threads)
     opened.check_belongs_to(model.identity)
     texts = read_texts(model, {"domain": domain, "general": general}, max_length, max_tokens)

@@ -146,6 +146,14 @@ def check_file(option: str, target: Path | None) -> None:
                           found=target.parent, fix="Choose another directory.")  # fmt: skip
 
 
+def check_writable(directory: Path) -> None:
+    """Raise `OutputError` if nothing can be written into a directory that is there."""
+    if not os.access(directory, os.W_OK):
+        raise OutputError(
+            directory, "cannot be written into", fix="Choose a directory that you may write to."
+        )
+
+
 def check_free_space(directory: Path, needed_bytes: int) -> None:
     """Raise `OutputError` if the file system of `directory` has too little room."""
     free = shutil.disk_usage(directory).free

@@ -14,7 +14,13 @@ from knnmoe.calibration.calibrate import calibrate
 from knnmoe.calibration.confidence import Way
 from knnmoe.calibration.settings import BuildSettings
 from knnmoe.runtime.calibration import preset
-from knnmoe.runtime.errors import InputError, MemoryPackError, SettingError, VerificationError
+from knnmoe.runtime.errors import (
+    InputError,
+    MemoryPackError,
+    OutputError,
+    SettingError,
+    VerificationError,
+)
 from knnmoe.runtime.evaluation import read_for, score_sequences
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
@@ -228,6 +234,14 @@ def test_a_memory_that_general_text_pays_for_is_refused_and_unchanged(
 def test_too_little_text_is_refused(tiny_bundle: Path, learned: MemoryPack, texts: Texts) -> None:
     with pytest.raises(InputError, match="too little domain text"):
         run(tiny_bundle, learned.path, texts, max_tokens=300)
+
+
+def test_a_pack_that_cannot_be_written_into_is_refused_before_anything_is_measured(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != learned.path)
+    with pytest.raises(OutputError, match="cannot be written into"):
+        run(tiny_bundle, learned.path, texts, progress=pytest.fail)
 
 
 def test_a_memory_of_another_model_is_refused(
