@@ -57,31 +57,22 @@ def print_compression(report: CompressReport) -> None:
         f" {readable_size(report.pack.bytes)}",
         markup=False,
     )
-    table = Table()
-    columns = (
-        "gate",
-        "entries",
-        "width",
-        "bits",
-        f"recall@{report.pack.neighbors}",
-        "kept",
-        "scanned",
-    )
-    for name in (*columns, "before", "after"):
-        table.add_column(name, justify="right")
-    for gate in report.gates:
-        table.add_row(
-            str(gate.gate),
-            f"{gate.entries:,}",
-            str(gate.width),
-            str(gate.bits),
-            f"{gate.recall:.4f}",
-            f"{gate.kept:.4f}",
-            readable_size(gate.scanned_bytes),
-            readable_size(gate.bytes_before),
-            readable_size(gate.bytes_after),
-        )
-    console.print(table)
+    rows = [
+        {
+            "gate": str(gate.gate),
+            "entries": f"{gate.entries:,}",
+            "width": str(gate.width),
+            "bits": str(gate.bits),
+            f"recall@{report.pack.neighbors}": f"{gate.recall:.4f}",
+            "kept": f"{gate.kept:.4f}",
+            "scanned": readable_size(gate.scanned_bytes),
+            "before": readable_size(gate.bytes_before),
+            "after": readable_size(gate.bytes_after),
+        }
+        for gate in report.gates
+    ]
+    least = ("before", "kept", "entries", "bits")
+    console.print(fitting(console, partial(_table_of, rows), least))
     console.print(
         "Of keys held back, searched for among the others: recall, neighbours among the candidates;"
         " kept, neighbours by the keys that are kept. Scanned: read at every token.",
@@ -147,7 +138,7 @@ def print_summary(summary: PackSummary) -> None:
         markup=False,
     )
     least = ("sharpness", "midpoint", "residuals", "logits", "evidence", "background")
-    console.print(fitting(console, partial(_gates_table, summary), least))
+    console.print(fitting(console, partial(_table_of, _gate_rows(summary)), least))
     console.print(
         "Logits and residuals: root mean square. Evidence: what an entry drawn at random finds"
         " among the entries of other documents.",
@@ -164,7 +155,7 @@ def print_summary(summary: PackSummary) -> None:
     _print_provenance(console, pack.provenance)
 
 
-def _gates_table(summary: PackSummary, left_out: Sequence[str]) -> Table:
+def _gate_rows(summary: PackSummary) -> list[dict[str, str]]:
     rows = []
     for gate, stated in zip(summary.gates, summary.pack.gates, strict=True):
         numbers = stated.calibration
@@ -182,6 +173,11 @@ def _gates_table(summary: PackSummary, left_out: Sequence[str]) -> Table:
                 "sharpness": f"{numbers.sharpness:.3g}" if gated else "-",
             }
         )
+    return rows
+
+
+def _table_of(rows: Sequence[Mapping[str, str]], left_out: Sequence[str]) -> Table:
+    """A table of figures, a line a row, by the names of their columns."""
     table = Table()
     kept = [name for name in rows[0] if name not in left_out]
     for name in kept:

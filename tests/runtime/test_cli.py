@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+from rich.table import Table
 
 from knnmoe import __version__
 from knnmoe.runtime.calibration import VARIANTS
@@ -270,6 +273,23 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
 ) -> None:
     common.output().print("my[bold]:smile:bundle")
     assert capsys.readouterr().out == "my[bold]:smile:bundle\n"
+
+
+def test_a_narrow_terminal_gets_whole_columns_and_fewer_of_them() -> None:
+    def table_without(names: Sequence[str]) -> Table:
+        table = Table()
+        for name in ("gate", "entries", "scanned"):
+            if name not in names:
+                table.add_column(name, no_wrap=True)
+        return table
+
+    def shown(width: int) -> list[str]:
+        found = common.fitting(Console(width=width), table_without, ("scanned", "entries"))
+        return [str(column.header) for column in found.columns]
+
+    assert shown(28) == ["gate", "entries", "scanned"]
+    assert shown(27) == ["gate", "entries"]
+    assert shown(5) == ["gate"]
 
 
 def test_a_bar_that_nobody_sees_leaves_no_line(bundle: Path, text: Path) -> None:
