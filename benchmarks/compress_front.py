@@ -50,7 +50,7 @@ from knnmoe.runtime.texts import TokenText, read_text
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "build" / "demo"
 RESULTS = ROOT / "benchmarks" / "results" / "compress_front.json"
-CANDIDATES, CONTEXT, SECONDS = 32, 32, 12.0
+CANDIDATES, CONTEXT = 32, 32
 NARROW = (
     Recipe("projected", 32, 4, "int4"),
     Recipe("projected", 96, 4, "int4"),
@@ -79,10 +79,11 @@ WIDE_MODEL = {"intermediate_size": 64, "vocab_size": 512, "num_hidden_layers": 2
 @click.option("--front/--no-front", default=True, help="Whether other sizes are measured too.")
 @click.option("--tokens", default=12_000, show_default=True, help="Of validation text.")
 @click.option("--test-tokens", default=12_000, show_default=True)
+@click.option("--seconds", default=6.0, show_default=True, help="Of timing, each memory.")
 @click.option("--entries", default=8000, show_default=True, help="Of a gate of the wide model.")
 def main(
     demo: Path, target: Path, parts: str, domains: str, front: bool, tokens: int, test_tokens: int,
-    entries: int,
+    seconds: float, entries: int,
 ) -> None:  # fmt: skip
     """Print the tables and write them as JSON."""
     console = Console(width=120, highlight=False)
@@ -93,10 +94,10 @@ def main(
             if part == "times":
                 model = Model.load(demo / "bundle", threads=1)
                 pack = MemoryPack.open(demo / "memory-scripture")
-                report["demo"] = times(console, "demo", model, pack, NARROW, Path(folder))
+                report["demo"] = times(console, "demo", model, pack, NARROW, seconds, Path(folder))
             elif part == "wide":
                 model, pack = wide(Path(folder), entries)
-                report["wide"] = times(console, "D 2048", model, pack, WIDE, Path(folder))
+                report["wide"] = times(console, "D 2048", model, pack, WIDE, seconds, Path(folder))
             else:
                 for domain in domains.split(","):
                     settings = BudgetSettings(max_tokens=tokens, front=front, threads=1)
@@ -112,6 +113,7 @@ def times(
     model: Model,
     pack: MemoryPack,
     recipes: Sequence[Recipe],
+    seconds: float,
     folder: Path,
 ) -> dict[str, Any]:
     """Predicted and measured milliseconds of a decode step by recipe."""
@@ -124,7 +126,7 @@ def times(
         pipelines[recipe] = Pipeline(model.pipeline.layout)
     model.disable_memory()
     pipelines["frozen"] = Pipeline(model.pipeline.layout)
-    measured = step_times(pipelines)
+    measured = step_times(pipelines, seconds)
     frozen = measured["frozen"]
     rows: list[dict[str, Any]] = []
     for recipe in recipes:
@@ -154,7 +156,7 @@ def times(
     return {"costs": asdict(costs), "frozen_ms": measured["frozen"], "rows": rows}
 
 
-def step_times(pipelines: Mapping[Any, Pipeline]) -> dict[Any, float]:
+def step_times(pipelines: Mapping[Any, Pipeline], seconds: float) -> dict[Any, float]:
     """Median processor milliseconds of a decode step of each, in turn with the frozen step.
 
     More at once would have each find the caches as the memories of all others left them. Each is
@@ -167,7 +169,7 @@ def step_times(pipelines: Mapping[Any, Pipeline]) -> dict[Any, float]:
         if name == "frozen":
             continue
         pair = {"frozen": runs["frozen"], name: runs[name]}
-        samples = turn_by_turn(pair, clock_of(1), SECONDS)
+        samples = turn_by_turn(pair, clock_of(1), seconds)
         found[name] = float(np.median(samples[name]) / np.median(samples["frozen"]))
         frozen += samples["frozen"]
     step = float(np.median(frozen))

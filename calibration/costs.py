@@ -5,7 +5,7 @@ running it; how much a unit of each takes is fitted to steps of the model with m
 each in turn with the frozen step. Gates by themselves take half as long as between the segments of
 a step, which leave them cold caches.
 
-    ms = constant + scanned codes (of 4 and of 8 bits) + entries + projection W·D
+    ms = constant + scanned codes (of 4 and of 8 bits) + blocks of them + entries + projection W·D
          + gathered R·D (of projected keys R·W') + restored W'·D (where no full keys are kept)
          + widening values (where they are stored)
 
@@ -44,7 +44,8 @@ from .recall import RESTORED, Keys, Widths, graded_widths
 
 SCHEMA = "knnmoe.costs/3"
 FEATURES = (
-    "constant", "codes_4", "codes_8", "entries", "projection", "gathered", "restored", "values",
+    "constant", "codes_4", "codes_8", "blocks", "entries", "projection", "gathered", "restored",
+    "values",
 )  # fmt: skip
 _SECONDS = 12.0  # of timing, at least
 _FEWEST = 12  # rounds
@@ -52,6 +53,7 @@ _KEY_ELEMENTS = 1 << 24  # of made-up full keys, at most
 _CONTEXT = 32
 _GATES = 4  # that have a memory, at most
 _MEMORY_BYTES = 1 << 29
+_MANY_BLOCKS = 96  # a width with three blocks, which 32, 64 and 128 have one of
 _LEAST_MS = 1e-4  # where noise hides what a gate adds
 
 
@@ -92,6 +94,7 @@ class GateShape:
         named = {
             "constant": 1.0,
             f"codes_{self.bits}": codes,
+            "blocks": self.entries * (self.width // block_size(self.width)) / 1e6,
             "entries": self.entries / 1e6,
             "projection": self.width * self.hidden_size / 1e6,
             "gathered": gathered,
@@ -332,6 +335,11 @@ def _designs(entries: int, size: int, experts: int, candidates: int) -> list[Gat
     return [
         *(replace(kind, width=width) for width in widths),
         *(replace(kind, width=width, bits=8) for width in widths[:2]),
+        *(
+            replace(kind, width=_MANY_BLOCKS, entries=n)
+            for n in (few, most)
+            if size >= _MANY_BLOCKS
+        ),
         replace(kind, entries=few),
         replace(kind, entries=few, width=widths[0], bits=8),
         replace(kind, values="fp16"),

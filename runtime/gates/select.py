@@ -17,7 +17,7 @@ from .base import Gate
 from .faiss import EXACT_ENTRIES, FaissGate, FaissGpuGate, build_index, check_gpu, load_faiss
 from .numpy import NumpyGate
 from .onnx import FROZEN, OnnxGate, graph_name
-from .two_stage import TwoStageGate, pays
+from .two_stage import TwoStageGate, fits, pays
 
 Backend = Literal["auto", "onnx", "numpy", "numpy-float64", "two-stage", "faiss", "faiss-gpu"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -75,13 +75,14 @@ def make_gate(
 def choose(memory: Memory | None) -> Backend:
     """The ONNX graph, which scans the keys as they are; for larger memories the two stages.
 
-    For memories too large to scan whole at every token, and not compressed, it is faiss, if that is
-    installed.
+    Of compressed ones these are taken for any size: the graph would hold keys and values in fp32,
+    and takes longer for one token, though less for several where entries are few. For memories too
+    large to scan whole at every token, and not compressed, it is faiss, if that is installed.
     """
     if memory is None:
         return "onnx"
     if isinstance(memory, CompressedMemory):
-        return "two-stage" if pays(memory) else "onnx"
+        return "two-stage" if fits(memory) else "onnx"
     if memory.n_valid > EXACT_ENTRIES and find_spec("faiss") is not None:
         return "faiss"
     return "two-stage" if pays(memory) else "onnx"

@@ -75,7 +75,7 @@ def test_bytes_of_a_memory_as_it_is_are_those_of_its_arrays() -> None:
 
 def test_the_fit_finds_what_times_are_made_of() -> None:
     shapes = costs._designs(20_000, 256, 16, 32)
-    true = np.array([0.2, 0.03, 0.06, 8.0, 0.0, 0.5, 0.1, 0.02])
+    true = np.array([0.2, 0.03, 0.06, 2.0, 8.0, 0.0, 0.5, 0.1, 0.02])
     features = [shape.features for shape in shapes]
     times = [float(row @ true) for row in features]
     found = fit(features, times)

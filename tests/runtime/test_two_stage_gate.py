@@ -28,7 +28,7 @@ from knnmoe.runtime.two_stage import (
     quantize_keys,
     scan_scores,
 )
-from memories import random_calibration, random_memory
+from memories import random_calibration, random_compressed, random_memory
 
 TOKENS = 5
 IDS = np.random.default_rng(0).integers(0, 256, 40)
@@ -194,6 +194,14 @@ def test_more_neighbours_than_candidates_are_refused_and_auto_stays_exact(bench:
     large = replace(memory, keys=np.zeros((1 << 14, 64), np.float32), n_valid=1 << 14)
     assert choose(large) == "onnx"
     assert choose(replace(large, k=64)) == "two-stage"
+
+
+def test_auto_never_widens_a_compressed_memory_whole() -> None:
+    """However few its entries are: a budget of bytes counts on it."""
+    for entries in (2, 9, 200):
+        memory = random_compressed(3, entries=entries, graded=(32, 32), dtype=None)
+        assert choose(memory) == "two-stage"
+    assert choose(replace(random_compressed(3, entries=200), k=33)) == "onnx"  # of 32 candidates
 
 
 def test_auto_scans_small_memories_exactly(bench: Bench) -> None:
