@@ -275,7 +275,7 @@ def odds_of(
         scores = scores[ids]
     else:
         ids = np.arange(len(scores))
-    temperature = np.float32(max(config.temperature, LEAST_TEMPERATURE))
+    temperature = max(config.temperature, LEAST_TEMPERATURE)
     odds = np.exp((scores - highest) / temperature).astype(np.float64)
     if config.top_p < 1:
         beyond = 0.0
@@ -285,7 +285,11 @@ def odds_of(
             total, inside = float(odds.sum()), float(odds[few].sum())
             if inside >= config.top_p * total:
                 ids, scores, odds, beyond = ids[few], scores[few], odds[few], total - inside
-        odds[_least_likely(scores, odds, config.top_p, beyond)] = 0
+        order = scores.argsort(kind="stable")  # of equally likely tokens the first ids go first
+        rising = odds[order].cumsum()
+        spare = (1 - config.top_p) * (rising[-1] + beyond) - beyond
+        out = int(rising.searchsorted(spare, side="right"))
+        odds[order[: min(out, len(order) - 1)]] = 0
     if config.min_p > 0:
         odds[odds < config.min_p] = 0
     return ids, odds
@@ -297,19 +301,3 @@ def _largest(scores: Logits, count: int) -> NDArray[np.int64]:
     ranked.partition(-count)
     found: NDArray[np.int64] = (scores >= ranked[-count]).nonzero()[0]
     return found
-
-
-def _least_likely(
-    scores: Logits, odds: NDArray[np.float64], mass: float, beyond: float
-) -> NDArray[np.int64]:
-    """Where those are without which the others still reach `mass` of the odds of all.
-
-    Args:
-        scores, odds: [M]. One is always left.
-        mass: 0 to 1.
-        beyond: Odds of tokens that are less likely than these M, in all.
-    """
-    order = scores.argsort(kind="stable")  # of equally likely tokens the first ids go first
-    rising = odds[order].cumsum()
-    spare = (1 - mass) * (rising[-1] + beyond) - beyond
-    return order[: min(int(rising.searchsorted(spare, side="right")), len(order) - 1)]
