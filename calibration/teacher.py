@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812 - the name everybody knows it
 from torch.overrides import TorchFunctionMode
 
 from knnmoe.runtime.errors import BackendError, CheckpointError
+from knnmoe.runtime.shortage import is_shortage, shortage
 
 from .credit import pass_over_choice, register_next_attention
 from .settings import Compute, Gradient, Objective
@@ -95,6 +96,7 @@ class Teacher:
             CheckpointError: If transformers cannot load it whole, its routers cannot be opened, or
                 it is not made for the objective or the gradient.
             BackendError: If the device is not there, or too small.
+            DeviceError: If there is not enough memory for it.
         """
         model = _load_model(Path(path), DTYPES[dtype], device)
         try:
@@ -277,6 +279,9 @@ def _load_model(path: Path, dtype: torch.dtype, device: str) -> Any:
             quantization_config=_quantization(path),
         )
     except Exception as error:  # many kinds are raised for a broken directory
+        if is_shortage(error):
+            fix = "Close what else uses the memory, or use a machine that has more."
+            raise shortage(error, f"the model of {path}", None, fix) from error
         raise CheckpointError(
             path,
             f"transformers cannot load it ({_first_line(error)})",

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from .atomic import STALE_FORM, lock_directory, new_directory
+from .atomic import STALE_FORM, lock_directory, new_directory, output_error
 from .errors import OutputError
 
 JOB = "job.json"
@@ -94,13 +94,17 @@ def discard_work(path: Path, kind: Kind) -> None:
     `new_directory` of that name clears it away.
 
     Raises:
-        OutputError: If what is there is no work directory, or one of another kind.
+        OutputError: If what is there is no work directory, or one of another kind, or the system
+            does not let it be renamed.
     """
     refuse_foreign(path, kind)
     if not path.exists():
         return
     doomed = path.with_name(STALE_FORM.format(name=path.name, token=secrets.token_hex(4)))
-    path.rename(doomed)
+    try:
+        path.rename(doomed)
+    except OSError as error:
+        raise output_error(path, error, left="it can be removed by hand") from error
     shutil.rmtree(doomed, ignore_errors=True)
 
 

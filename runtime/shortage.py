@@ -18,6 +18,7 @@ from .errors import DeviceError, KnnMoeError
 _WORDS = re.compile(
     r"bad_alloc|bad allocation|[Ff]ailed to allocate memory|can't allocate memory"
     r"|[Cc]annot allocate memory|[Nn]ot enough memory|failed to map segment|\(os error 12\)"
+    r"|can't start new thread"
 )
 _ASKED = re.compile(r"requested buffer of size (\d+)|tried to allocate (\d+) bytes")
 _UNITS = {"kB": 1 << 10}

@@ -11,6 +11,7 @@ import torch
 
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
+from knnmoe.runtime.shortage import is_shortage, shortage
 
 OTHER_FAMILY = (
     "Tracing cannot express this; a description of the family, in knnmoe's export/families, might."
@@ -53,6 +54,7 @@ def load_fp32(path: Path, quantization: Any = None) -> Any:
 
     Raises:
         CheckpointError: If transformers cannot load it, or weights are missing.
+        DeviceError: If there is not enough memory for it.
     """
     import transformers
 
@@ -69,6 +71,9 @@ def load_fp32(path: Path, quantization: Any = None) -> Any:
                 quantization_config=quantization,
             )
     except Exception as error:  # many kinds are raised for a broken directory
+        if is_shortage(error):
+            fix = "Close what else uses the memory, or use a machine that has more."
+            raise shortage(error, f"the model of {path}", None, fix) from error
         raise CheckpointError(
             path,
             f"transformers cannot load it ({first_line(error)})",

@@ -33,6 +33,7 @@ MET = (
     RuntimeError(TORCH),
     ImportError("_generator.so: failed to map segment from shared object"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("can't start new thread"),
 )
 
 
@@ -131,14 +132,23 @@ import resource, sys
 import numpy.random, onnxruntime, tokenizers, safetensors.numpy
 import knnmoe.runtime.model
 from knnmoe.runtime.cli import main
+
+def shut():
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
 if sys.argv[2] == "memory":
-    import torch, transformers, transformers.models.olmoe.modeling_olmoe
-    import knnmoe.calibration.build
-    torch.set_num_threads(1)
-    torch.rand(64, 64) @ torch.rand(64, 64)
-pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    # Behind the tokenizer and the model: their libraries end the process where memory lacks.
+    from knnmoe.calibration import teacher
+    whole = teacher.Teacher.logits
+    def first(*arguments, **named):
+        shut()
+        teacher.Teacher.logits = whole
+        return whole(*arguments, **named)
+    teacher.Teacher.logits = first
+else:
+    shut()
 main(sys.argv[2:])
 """
 
@@ -166,7 +176,23 @@ def test_a_command_without_memory_says_so(tiny_bundle: Path) -> None:
 def test_a_build_without_memory_says_so_and_leaves_no_pack(
     tiny_checkpoint: Path, tmp_path: Path, room: int
 ) -> None:
-    (tmp_path / "text.txt").write_text("The spring was late that year. " * 400)
+    (tmp_path / "text.txt").write_text("The spring was late that year. " * 2000)
     pack = tmp_path / "pack"
-    limited(room, "memory", "build", tiny_checkpoint, tmp_path / "text.txt", pack)
+    build = ("memory", "build", tiny_checkpoint, tmp_path / "text.txt", pack)
+    limited(room, *build, "--batch-tokens", 8192)
     assert not pack.exists()
+
+
+def test_a_model_that_cannot_be_loaded_for_lack_of_memory_is_not_called_broken(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from knnmoe.calibration.teacher import Teacher
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(DeviceError, match=r"the model of .*: not enough memory"):
+        Teacher.load(tiny_checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,17 @@ def test_work_that_was_discarded_while_its_lock_was_awaited_is_not_written_into(
         locked_work(work, "export"),
     ):
         pytest.fail("two writers")
+
+
+def test_work_that_cannot_be_renamed_is_a_stated_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = begun(tmp_path / "x", "export", seed=1)
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path), None, str(target))
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OutputError, match=r"x\.partial: the disk is full.*removed by hand"):
+        discard_work(work, "export")
+    assert (work / "finished").read_text() == "hours of work"
