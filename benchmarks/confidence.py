@@ -7,12 +7,13 @@ finnish`), then
 
 prints a table for each domain and writes it as JSON. Settings of a pack were chosen on validation
 text by `knnmoe memory calibrate`; the hand-picked ones are fixed here, and the best is taken
-on the test text itself, which flatters it. "Before" is the gate that the running mean of evidence
-opens, half way between the two texts, as calibration once fitted it.
+on the test text itself, which flatters it. Of these two the gain is also told by how far into its
+sequence a token is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -33,9 +34,9 @@ from knnmoe.calibration.confidence import Interval, interval_of
 from knnmoe.calibration.controls import background_of, shuffled, without_retrieval
 from knnmoe.calibration.settings import UseSettings
 from knnmoe.calibration.switching import joined
-from knnmoe.runtime.calibration import Calibration, preset
+from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import VerificationError
-from knnmoe.runtime.evaluation import read_for, score_sequences
+from knnmoe.runtime.evaluation import read_for
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pack_writing import write_pack
@@ -50,13 +51,17 @@ HAND_PICKED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+POSITIONS = (0, 8, 32, 256)  # in a sequence; a gate has seen little at first
+Changes = Sequence[NDArray[np.float64]]  # of each sequence, by predicted token
+
+
 @dataclass(frozen=True)
 class Texts:
     """Test text in front of a model, and what the frozen router makes of it."""
 
     model: Model
     passages: Mapping[str, Sequence[TokenSequence]]
-    frozen: Mapping[str, NDArray[np.float64]]
+    frozen: Mapping[str, Changes]
 
     @staticmethod
     def of(model: Model, read: Mapping[str, TokenText], switch_tokens: int) -> Texts:
@@ -64,21 +69,36 @@ class Texts:
         passages["switch"] = joined(read["domain"], read["general"], switch_tokens)
         model.disable_memory()
         return Texts(
-            model,
-            passages,
-            {name: score_sequences(model, some).nll for name, some in passages.items()},
+            model, passages, {name: token_nll(model, some) for name, some in passages.items()}
         )
+
+    def changes(self, pack: MemoryPack, name: str) -> Changes:
+        """What a pack changes in one text, token by token."""
+        self.model.swap_memory(pack)
+        found = token_nll(self.model, self.passages[name])
+        return [new - old for new, old in zip(found, self.frozen[name], strict=True)]
 
     def change(self, pack: MemoryPack, *names: str) -> dict[str, Interval]:
         """Nats a token with a pack; of a switch, of the general text after it."""
-        self.model.swap_memory(pack)
-        found = {}
-        for name in names:
-            some = self.passages[name]
-            tokens = np.array([p.targets for p in some])
-            change = (score_sequences(self.model, some).nll - self.frozen[name]) / tokens
-            found[name] = interval_of(change, tokens, np.array([p.document for p in some]))
-        return found
+        return {name: self.interval(name, self.changes(pack, name)) for name in names}
+
+    def interval(self, name: str, changes: Changes) -> Interval:
+        documents = np.array([passage.document for passage in self.passages[name]])
+        means = np.array([change.mean() for change in changes])
+        return interval_of(means, np.array([len(change) for change in changes]), documents)
+
+
+def token_nll(model: Model, sequences: Sequence[TokenSequence]) -> Changes:
+    """Negative log-likelihood of every predicted token of each sequence."""
+    return [-model.score(s.tokens)[s.credited].astype(np.float64) for s in sequences]
+
+
+def by_position(changes: Changes) -> dict[str, float]:
+    """Mean change of the tokens that far into their sequences."""
+    return {
+        f"{start}-{end - 1}": float(np.concatenate([c[start:end] for c in changes]).mean())
+        for start, end in itertools.pairwise(POSITIONS)
+    }
 
 
 @click.command()
@@ -114,8 +134,12 @@ def one_domain(
     texts = Texts.of(model, read, tokens // 2)
     background = background_of(pack)
     rows: dict[str, dict[str, Interval]] = {}
-    rows["calibrated"] = texts.change(pack, "domain", "general", "switch")
-    rows["the same, running mean (before)"] = texts.change(running_mean(pack), "general", "switch")
+    calibrated = texts.changes(pack, "domain")
+    positions = {"calibrated": by_position(calibrated)}
+    rows["calibrated"] = {
+        "domain": texts.interval("domain", calibrated),
+        **texts.change(pack, "general", "switch"),
+    }
     rows["the same, constant correction"] = texts.change(
         without_retrieval(pack, background), "domain"
     )
@@ -125,7 +149,9 @@ def one_domain(
             variant=variant, neighbors=8, evidence="all",
             calibration=preset(variant, weighting="softmax", power=numbers["power"]),
         )  # fmt: skip
-        rows[f"hand-picked: {name}"] = texts.change(used, "domain")
+        changes = texts.changes(used, "domain")
+        rows[f"hand-picked: {name}"] = {"domain": texts.interval("domain", changes)}
+        positions[f"hand-picked: {name}"] = by_position(changes)
     default = uncalibrated(pack)
     rows["uncalibrated defaults"] = texts.change(default, "domain", "general")
     forced = shuffled(default, background)
@@ -134,9 +160,13 @@ def one_domain(
         (found["domain"].mean, name) for name, found in rows.items() if name.startswith("hand")
     )
     share = rows["calibrated"]["domain"].mean / best[0]
+    positions = {name: positions[name] for name in ("calibrated", best[1])}
     refused = refusal(demo, pack, domain)
     show(console, domain, pack, rows)
     console.print(f"Share of the best hand-picked gain ({best[1]}): {share:.2f}")
+    for name, found in positions.items():
+        spans = ", ".join(f"{span} {change:+.3f}" for span, change in found.items())
+        console.print(f"By position in its sequence, {name}: {spans}")
     console.print(f"Calibrating the shuffled memory: {refused or 'ACCEPTED'}")
     return {
         "settings": pack.provenance["calibration"]["chosen"],
@@ -144,22 +174,9 @@ def one_domain(
             name: {text: asdict(one) for text, one in found.items()} for name, found in rows.items()
         },
         "share_of_best_hand_picked": share,
+        "by_position": positions,
         "shuffled_refused": refused,
     }
-
-
-def running_mean(pack: MemoryPack) -> MemoryPack:
-    """The pack with a gate as calibration fitted it before evidence was forgotten."""
-    stated = pack.provenance["calibration"]["evidence"]
-
-    def numbers(gate: int, own: Calibration) -> Calibration:
-        near, far = (stated[str(gate)][name] for name in ("domain", "general"))
-        sharpness = 2 / (near - far) if near > far else 0.0
-        return replace(own, decay=1.0, sequence=1.0, midpoint=(near + far) / 2, sharpness=sharpness)
-
-    return pack.with_settings(
-        calibration={gate.gate: numbers(gate.gate, gate.calibration) for gate in pack.gates}
-    )
 
 
 def uncalibrated(pack: MemoryPack) -> MemoryPack:

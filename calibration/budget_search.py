@@ -342,7 +342,8 @@ class Search:
             return None
         way = Way(
             pack.variant, pack.neighbors, numbers.scale,
-            "sequence" if numbers.sequence else "token", numbers.decay, pack.evidence,
+            "sequence" if numbers.sequence else "token", numbers.decay,
+            _caution(pack), numbers.power, pack.evidence,
         )  # fmt: skip
         background = background_of(pack)
         evidence = [
@@ -422,6 +423,13 @@ def token_nll(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[np.fl
         nll = total - logits[np.arange(len(logits)), ids[1:]]
         parts.append(np.append(np.where(sequence.credited, nll, 0), 0.0))
     return np.concatenate(parts)
+
+
+def _caution(pack: MemoryPack) -> float:
+    """What the pack's gates were fitted with; 4 if calibrated before it varied and was stated."""
+    stated = pack.provenance.get("calibration")
+    caution = stated.get("caution") if isinstance(stated, Mapping) else None
+    return float(caution) if isinstance(caution, int | float) and caution > 0 else 4.0
 
 
 def _refused(pack: MemoryPack, point: Point, limits: Limits) -> VerificationError:

@@ -19,20 +19,25 @@ from knnmoe.runtime.texts import TokenText
 
 from .bench import Bench, Progress
 from .confidence import (
+    GATES,
     GRID,
     MIN_SEQUENCES,
+    MORE_GATES,
     THOROUGH,
     Candidate,
     Interval,
     Limits,
     Measured,
     Separation,
+    Steps,
     Way,
     candidate,
     choose,
     cross_fitted,
+    gates_for,
     interval_of,
     separations,
+    simultaneous,
     usable,
 )
 from .controls import (
@@ -50,7 +55,7 @@ from .switching import joined
 
 DEFAULT_MAX_TOKENS = 6000
 SWITCH_SHARE = 0.25  # tokens of text that changes its subject, of those of either text
-LEAST_PASSAGES = 12  # if the texts have as many, whatever their tokens
+LEAST_PASSAGES = 20  # if the texts have as many, whatever their tokens
 MAX_SEEN = 0.1  # share of a text's sequences that may be in the memory
 
 
@@ -148,9 +153,10 @@ def calibrate(
 ) -> CalibrationReport:
     """Choose variant, K, scale and gate of a memory by held-out text, and write them into the pack.
 
-    For each gate the opening of a causal gate is fitted (`opening.py`). Of a small grid around it,
-    the settings with the best NLL on the domain are taken among those that stay within both limits:
-    of general text, and of general text that follows the domain's.
+    For each gate the opening of a causal gate is fitted (`opening.py`). A few variants and
+    strengths are measured with one such gate, and what gains most with others. Of all these the
+    settings with the best NLL on the domain are taken among those that stay within both limits: of
+    general text, and of general text that follows the domain's.
 
     Args:
         bundle: The model's bundle.
@@ -163,7 +169,7 @@ def calibrate(
             reported and does not refuse the pack; None does not measure.
         max_tokens: Predicted tokens of each text at most, drawn from all over it.
         max_length: Tokens of a sequence.
-        ways: The grid; None takes the usual one.
+        ways: What to try; None takes the usual ways, then other gates for the best of them.
         thorough: Try more ways, and leaving each gate to the frozen router; measure the shuffled
             memory and memories of less text.
         threads: Of the runtime.
@@ -204,7 +210,8 @@ def calibrate(
         if opened.serves(way.variant)  # of a compressed pack not all do
     ]
     most = max(way.neighbors for way in wanted)
-    extra = len(opened.gates) if thorough else 0
+    around = () if ways else MORE_GATES if thorough else GATES
+    extra = len(around) + (len(opened.gates) if thorough else 0)
     # Of the domain alone: the constant control, and with `thorough` the shuffled one and the law.
     bench = Bench(
         model, opened, passages, background, progress,
@@ -212,21 +219,30 @@ def calibrate(
     )  # fmt: skip
 
     evidence = bench.evidence(most)
-    grid = [
-        candidate(opened, way, evidence["domain"], evidence["general"], background=mixed)
-        for way in wanted
-    ]
+
+    def candidates(of: Sequence[Way]) -> list[Candidate]:
+        near, far = evidence["domain"], evidence["general"]
+        return [candidate(opened, way, near, far, background=mixed) for way in of]
+
+    grid = candidates(wanted)
     measured = bench.measure(grid)
+    steps = None
+    leading = [index for index, way in enumerate(wanted) if way.gate == "sequence"]
+    if around and leading:
+        steps = Steps(len(grid), leading)
+        leader = wanted[measured["domain"].leader(leading)]
+        more = candidates([way for way in gates_for(leader, around) if way not in wanted])
+        measured = _joined(measured, bench.measure(more))
+        grid += more
     if thorough:
         index = choose(measured, limits)
         if index is not None and len(opened.gates) > 1:
             fewer = [grid[index].without(gate.gate) for gate in opened.gates]
-            added = bench.measure(fewer)
-            measured = {name: m.more(added[name].deltas) for name, m in measured.items()}
+            measured = _joined(measured, bench.measure(fewer))
             grid += fewer
     tried = _tried(grid, measured)
     index = choose(measured, limits)
-    proven = cross_fitted(measured, limits)
+    proven = cross_fitted(measured, limits, steps)
     if index is None:
         raise _harmful(opened, tried, limits)
     chosen = tried[index]
@@ -246,6 +262,7 @@ def calibrate(
     provenance = {
         "chosen": chosen.candidate.name,
         "candidates": len(grid),
+        "caution": chosen.candidate.caution,
         "max_general_loss": max_general_loss,
         "max_switch_loss": max_switch_loss,
         "drawn": drawn,
@@ -304,6 +321,10 @@ def read_texts(
                 fix="Give more text, or a larger --max-tokens.",
             )
     return texts
+
+
+def _joined(measured: Mapping[str, Measured], more: Mapping[str, Measured]) -> dict[str, Measured]:
+    return {name: m.more(more[name].deltas) for name, m in measured.items()}
 
 
 def _tried(grid: Sequence[Candidate], measured: Mapping[str, Measured]) -> list[Tried]:
@@ -407,17 +428,20 @@ def _figures(text: TokenText, chosen: Interval, cross: Interval) -> dict[str, An
 
 
 def _harmful(pack: MemoryPack, tried: Sequence[Tried], limits: Limits) -> VerificationError:
-    mildest = min(tried, key=lambda one: one.general.high)
-    if mildest.general.high > limits.general:
+    count = len(tried)
+    mildest = min(tried, key=lambda one: simultaneous(one.general, count))
+    if (upper := simultaneous(mildest.general, count)) > limits.general:
         return VerificationError(
             pack.path,
             "every way of using this memory costs general text too much",
-            expected=f"at most {limits.general:+.4f} nats a token, upper end of the interval",
-            found=f"{mildest.general} with {mildest.candidate.name}",
+            expected=f"at most {limits.general:+.4f} nats a token, upper end of an interval that"
+            f" holds for all {count} ways at once",
+            found=f"{mildest.general.mean:+.4f}, upper end {upper:+.4f}, with"
+            f" {mildest.candidate.name}",
             fix="Give more text to measure on, or allow more with --max-general-loss;"
             " the pack is unchanged.",
         )
-    sparing = [one for one in tried if one.general.high <= limits.general and one.switch]
+    sparing = [one for one in tried if limits.allow(one.general, None, count) and one.switch]
     quickest = min(sparing, key=lambda one: one.switch.high if one.switch else math.inf)
     assert quickest.switch is not None
     return VerificationError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from knnmoe.runtime.pack_parts import PackGate
 from knnmoe.runtime.statistics import Unit, drawn_units, paired_bootstrap
 
 from .evidence import Evidence
-from .opening import Opening, fit_opening
+from .opening import CAUTION, Opening, fit_opening
 
 CAP = 12.0
 FOLDS = 4
@@ -41,7 +42,10 @@ class Separation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of using a memory; gates that are not `used` are left to the frozen router."""
+    """One way of using a memory; gates that are `unused` are left to the frozen router.
+
+    `caution` is what its gates were fitted with.
+    """
 
     name: str
     variant: Variant
@@ -49,6 +53,7 @@ class Candidate:
     evidence: EvidenceFrom
     calibration: Mapping[int, Calibration]
     unused: frozenset[int] = frozenset()
+    caution: float = CAUTION
 
     def applied(self, pack: MemoryPack) -> MemoryPack:
         """The pack used this way."""
@@ -68,44 +73,63 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Way:
-    """One row of the grid: λ = scale · s̄ · gate, or scale · s̄² without a gate."""
+    """One row of the grid: λ = scale · s̄^power · gate; `caution` and `decay` are of the gate."""
 
     variant: Variant
     neighbors: int
     scale: float
     gate: Literal["sequence", "token", "none"]
     decay: float = 1.0
+    caution: float = CAUTION
+    power: float = 1.0
     evidence: EvidenceFrom = "reference"
 
     @property
     def name(self) -> str:
         """As people read it."""
-        measure = "s̄²" if self.gate == "none" else f"s̄·{self.gate} gate"
-        decay = f", decay {self.decay:g}" if self.gate == "sequence" else ""
-        evidence = ", background as evidence" if self.evidence == "all" else ""
-        return f"{self.variant}, K {self.neighbors}, {self.scale:g}·{measure}{decay}{evidence}"
+        parts = [self.variant, f"K {self.neighbors}", self._strength]
+        if self.gate == "sequence":
+            parts.append(f"decay {self.decay:g}")
+        if self.gate != "none":
+            parts.append(f"caution {self.caution:g}")
+        if self.evidence == "all":
+            parts.append("background as evidence")
+        return ", ".join(parts)
+
+    @property
+    def _strength(self) -> str:
+        measure = _MEASURES.get(self.power, f"s̄^{self.power:g}")
+        gate = "" if self.gate == "none" else f"·{self.gate} gate"
+        return f"{self.scale:g}·{measure}{gate}"
 
 
+_MEASURES = {1.0: "s̄", 2.0: "s̄²"}
+
+
+# First how strongly, and by which variant, with one gate; then other gates for what gains most.
 GRID = (
-    Way("residual", 8, 1.0, "sequence", 0.9),
-    Way("residual", 32, 1.0, "sequence", 0.9),
-    Way("logits", 8, 0.5, "sequence", 0.9),
-    Way("logits", 8, 1.0, "sequence", 0.9),
-    Way("logits", 32, 1.0, "sequence", 0.9),
-    Way("logits", 8, 1.0, "sequence", 0.97),
-    Way("residual", 8, 1.0, "token"),
-    Way("residual", 8, 0.5, "none"),
+    *(Way("logits", 8, 1.0, "sequence", 0.95, 16.0, power) for power in (0.25, 1.0, 2.0)),
+    Way("residual", 8, 1.0, "sequence", 0.95, 16.0),
 )
+# (decay, caution): the longer evidence is remembered the surer it is, and the later let go of.
+GATES = ((0.97, 4.0), (0.95, 4.0), (0.95, 64.0), (0.9, 16.0), (0.9, 64.0))
 THOROUGH = (
     *GRID,
-    *(Way("logits", 8, 1.0, "sequence", decay) for decay in (0.8, 0.95, 1.0)),
-    *(Way("residual", 8, scale, "sequence", 0.9) for scale in (0.5, 0.75)),
-    Way("residual", 8, 1.0, "sequence", 0.97),
-    Way("logits", 16, 1.0, "sequence", 0.9),
-    Way("logits", 8, 1.0, "token"),
-    Way("logits", 8, 1.0, "sequence", 0.9, "all"),
-    Way("residual", 8, 1.0, "sequence", 0.9, "all"),
+    *(Way("residual", 8, 1.0, "sequence", 0.95, 16.0, power) for power in (0.25, 2.0)),
+    *(Way("logits", k, 1.0, "sequence", 0.95, 16.0) for k in (4, 16, 32)),
+    Way("logits", 8, 0.5, "sequence", 0.95, 16.0),
+    Way("residual", 32, 1.0, "sequence", 0.95, 16.0),
+    Way("residual", 8, 1.0, "token"),
+    Way("residual", 8, 0.5, "none", power=2.0),
+    Way("logits", 8, 1.0, "sequence", 0.95, 16.0, evidence="all"),
+    Way("residual", 8, 1.0, "sequence", 0.95, 16.0, evidence="all"),
 )
+MORE_GATES = (*GATES, (0.8, 16.0), (0.8, 64.0), (0.97, 16.0), (0.97, 64.0), (1.0, 4.0))
+
+
+def gates_for(way: Way, gates: Sequence[tuple[float, float]]) -> list[Way]:
+    """A way with other gates, each a decay and a caution."""
+    return [replace(way, decay=decay, caution=caution) for decay, caution in gates]
 
 
 def usable(ways: Sequence[Way], *, background: bool) -> list[Way]:
@@ -139,12 +163,13 @@ def candidate(
                 decay=way.decay,
                 cap=CAP,
                 sequence=way.gate == "sequence",
+                caution=way.caution,
             )
         return replace(
             gate.calibration.with_variant(way.variant),
             mean=1.0,
             scale=way.scale,
-            power=2.0 if way.gate == "none" else 1.0,
+            power=way.power,
             midpoint=opening.midpoint,
             sharpness=opening.sharpness,
             cap=CAP,
@@ -153,7 +178,9 @@ def candidate(
         )
 
     calibration = {gate.gate: numbers(gate) for gate in pack.gates}
-    return Candidate(way.name, way.variant, way.neighbors, evidence, calibration)
+    return Candidate(
+        way.name, way.variant, way.neighbors, evidence, calibration, caution=way.caution
+    )
 
 
 def separations(
@@ -217,6 +244,11 @@ class Measured:
         """What the intervals' bootstrap draws."""
         return drawn_units(self.documents)[1]
 
+    def leader(self, among: Sequence[int]) -> int:
+        """The candidate with the least mean change."""
+        means = self.deltas @ self.tokens
+        return min(among, key=lambda index: float(means[index]))
+
     def more(self, deltas: NDArray[np.float64]) -> Measured:
         """With the changes [n, sequences] of further candidates."""
         return replace(self, deltas=np.concatenate([self.deltas, deltas]))
@@ -255,8 +287,32 @@ class Limits:
     general: float = 0.002
     switch: float = 5.0
 
+    def allow(self, general: Interval, switch: Interval | None, candidates: int) -> bool:
+        """Whether one of so many candidates spares other text.
 
-def choose(texts: Mapping[str, Measured], limits: Limits) -> int | None:
+        Of general text the upper end is that of all candidates at once (`simultaneous`): with
+        every one that is looked at, it is likelier that one looks harmless by chance.
+        """
+        return simultaneous(general, candidates) <= self.general and (
+            switch is None or switch.high <= self.switch
+        )
+
+
+def simultaneous(interval: Interval, candidates: int) -> float:
+    """Upper end for as many intervals as there are candidates, all of them at once.
+
+    Bonferroni's inequality (Miller, Simultaneous Statistical Inference, 1981, sec. 1.5): each
+    misses with a share of the 2.5 %. A bootstrap of few documents has no such far quantiles, so
+    the half interval is stretched as that of a normal distribution.
+    """
+    tail = 0.025 / max(candidates, 1)
+    stretched = NormalDist().inv_cdf(1 - tail) / NormalDist().inv_cdf(1 - 0.025)
+    return interval.mean + stretched * (interval.high - interval.mean)
+
+
+def choose(
+    texts: Mapping[str, Measured], limits: Limits, among: Sequence[int] | None = None
+) -> int | None:
     """The candidate that gains most on the domain while other text stays within its limits.
 
     None if no candidate stays within.
@@ -265,33 +321,56 @@ def choose(texts: Mapping[str, Measured], limits: Limits) -> int | None:
         texts: Of `domain`, of `general` text, and perhaps of the `switch` between them, whose
             "tokens" are whole passages.
         limits: Of general text and of the switch.
+        among: Candidates to choose from; None for all.
     """
-    domain = texts["domain"]
-    bounds = {"general": limits.general, "switch": limits.switch}
+    domain, general, switch = texts["domain"], texts["general"], texts.get("switch")
+    count = len(domain.deltas)
     allowed = [
         index
-        for index in range(len(domain.deltas))
-        if all(
-            texts[name].interval(index).high <= bound
-            for name, bound in bounds.items()
-            if name in texts
+        for index in (range(count) if among is None else among)
+        if limits.allow(
+            general.interval(index), None if switch is None else switch.interval(index), count
         )
     ]
-    gains = domain.deltas @ domain.tokens / domain.tokens.sum()
-    return min(allowed, key=lambda index: float(gains[index]), default=None)
+    return domain.leader(allowed) if allowed else None
 
 
-def cross_fitted(texts: Mapping[str, Measured], limits: Limits) -> dict[str, Interval]:
+@dataclass(frozen=True)
+class Steps:
+    """How candidates came about: a first lot, then others around the one that led.
+
+    Attributes:
+        first: Number of those that were measured first.
+        leading: Those of them that could lead.
+    """
+
+    first: int
+    leading: Sequence[int]
+
+    def reached(self, all_text: Measured, some: Measured) -> Sequence[int]:
+        """The candidates that would have been measured on some of the domain's text alone.
+
+        With another leader there would be others, which nobody measured: then the first lot.
+        """
+        same = some.leader(self.leading) == all_text.leader(self.leading)
+        return range(len(some.deltas) if same else self.first)
+
+
+def cross_fitted(
+    texts: Mapping[str, Measured], limits: Limits, steps: Steps | None = None
+) -> dict[str, Interval]:
     """What choosing by `choose` is worth on text that did not take part in the choice, by text.
 
     The documents are dealt into folds; each fold is scored with the candidate chosen on the others,
     the frozen router where none was allowed. Each text has at least `MIN_SEQUENCES` sequences.
+    If candidates came about in `steps`, the leader is found on the others too.
     """
     numbers = {name: text.folds() for name, text in texts.items()}
     deltas = {name: np.zeros(len(text.tokens)) for name, text in texts.items()}
     for fold in range(FOLDS):
         rest = {name: text.part(numbers[name] != fold) for name, text in texts.items()}
-        chosen = choose(rest, limits)
+        among = None if steps is None else steps.reached(texts["domain"], rest["domain"])
+        chosen = choose(rest, limits, among)
         if chosen is None:
             continue
         for name, text in texts.items():

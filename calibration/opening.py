@@ -22,7 +22,7 @@ from knnmoe.runtime.calibration import Calibration
 Floats = NDArray[np.floating[Any]]
 
 # One confident token too many in general text costs more than one too few in the domain gains.
-CAUTION = 4.0
+CAUTION = 16.0
 _RIDGE = 1e-5  # keeps coefficients finite where the two texts are told apart without a mistake
 _ITERATIONS = 50
 _LARGEST = 1e5

@@ -7,12 +7,17 @@ import numpy as np
 from knnmoe.runtime.texts import TokenSequence, TokenText
 
 LEAST_TOKENS = 4  # of either half
+# Of either half: enough for a state that forgets to be full, and to let go. What counts is the
+# number of changes, and shorter passages are more of them.
+MOST_TOKENS = 64
 
 
 def joined(
     domain: TokenText, general: TokenText, max_tokens: int | None, *, least: int = 0
 ) -> tuple[TokenSequence, ...]:
-    """The first half of a domain sequence, then that of a general one, whose half is scored.
+    """The start of a domain sequence, then that of a general one, which is scored.
+
+    Each is half of its sequence, `MOST_TOKENS` at most.
 
     Args:
         domain: Read in turn; sequences too short for two halves are passed over.
@@ -27,7 +32,7 @@ def joined(
     passages: list[TokenSequence] = []
     total = 0
     for left, right in zip(before, after, strict=False):
-        start, half = len(left.tokens) // 2, len(right.tokens) // 2
+        start, half = (min(len(one.tokens) // 2, MOST_TOKENS) for one in (left, right))
         tokens = np.concatenate([left.tokens[:start], right.tokens[:half]])
         # Of plain text its first token is scored too.
         credited = np.zeros(start + half - 1, np.bool_)

@@ -11,7 +11,7 @@ import pytest
 
 from knnmoe.calibration.build import build_memory
 from knnmoe.calibration.calibrate import calibrate
-from knnmoe.calibration.confidence import Way
+from knnmoe.calibration.confidence import GATES, GRID, Way
 from knnmoe.calibration.settings import BuildSettings
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.errors import (
@@ -159,6 +159,21 @@ def test_the_report_is_what_the_numbers_are(
     assert report.chosen.domain.mean == pytest.approx(with_memory - frozen, abs=1e-5)
     done, total = reports[-1]
     assert done == total
+
+
+def test_the_usual_ways_are_followed_by_other_gates_for_the_best_of_them(
+    tiny_bundle: Path, learned: MemoryPack, texts: Texts, tmp_path: Path
+) -> None:
+    path = copied(learned, tmp_path / "pack")
+    report = run(tiny_bundle, path, texts, ways=None, max_latency=None)
+    assert len(report.tried) == len(GRID) + len(GATES)
+    leader = min(report.tried[: len(GRID)], key=lambda one: one.domain.mean).candidate
+    for one in report.tried[len(GRID) :]:
+        assert (one.candidate.variant, one.candidate.neighbors) == (leader.variant, 8)
+        for gate, numbers in one.candidate.calibration.items():
+            assert numbers.power == leader.calibration[gate].power
+    stated = MemoryPack.open(path).provenance["calibration"]
+    assert stated["caution"] == report.chosen.candidate.caution
 
 
 def test_a_shuffled_memory_is_refused_and_unchanged(

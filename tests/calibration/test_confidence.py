@@ -7,16 +7,21 @@ import pytest
 
 from knnmoe.calibration.confidence import (
     FOLDS,
+    GATES,
     GRID,
     THOROUGH,
+    Interval,
     Limits,
     Measured,
+    Steps,
     Way,
     candidate,
     choose,
     cross_fitted,
+    gates_for,
     interval_of,
     separations,
+    simultaneous,
     usable,
 )
 from knnmoe.calibration.evidence import Evidence
@@ -75,9 +80,24 @@ def test_ways_differ_in_what_their_gate_looks_at(pack: MemoryPack) -> None:
     sequence, token, none = numbers("sequence"), numbers("token"), numbers("none")
     assert 0.6 < sequence[0].midpoint < 0.9
     assert (sequence[0].sequence, token[0].sequence) == (1, 0)
-    assert (none[0].sharpness, none[0].power, sequence[0].power) == (0, 2, 1)
+    assert (none[0].sharpness, sequence[0].sharpness > 0) == (0, True)
     # Of gate 2 the evidence is the wrong way round: it is not asked.
     assert sequence[2].sharpness == token[2].sharpness == 0
+
+
+def test_a_more_cautious_way_opens_later_and_a_power_is_kept(pack: MemoryPack) -> None:
+    def numbers(caution: float) -> Calibration:
+        way = Way("logits", 4, 1.0, "sequence", 0.9, caution, 0.25)
+        found = candidate(pack, way, NEAR, FAR, background=False)
+        assert found.caution == caution
+        return found.calibration[0]
+
+    bold, careful = numbers(4.0), numbers(64.0)
+    assert careful.midpoint > bold.midpoint
+    assert bold.power == careful.power == 0.25
+    assert Way("logits", 4, 1.0, "sequence", 0.9, 64.0, 0.25).name == (
+        "logits, K 4, 1·s̄^0.25·sequence gate, decay 0.9, caution 64"
+    )
 
 
 def test_evidence_of_background_entries_is_counted_only_where_a_way_says_so(
@@ -85,7 +105,7 @@ def test_evidence_of_background_entries_is_counted_only_where_a_way_says_so(
 ) -> None:
     mixed = evidence(0.9, 0.9, background=0.9)
     for chosen in ("all", "reference"):
-        way = Way("residual", 4, 1.0, "sequence", 0.9, chosen)
+        way = Way("residual", 4, 1.0, "sequence", 0.9, evidence=chosen)
         found = candidate(pack, way, NEAR, mixed, background=True)
         assert found.evidence == found.applied(pack).evidence == chosen
         separated = separations(pack, NEAR, mixed, found)[0]
@@ -151,6 +171,25 @@ def test_the_upper_end_counts_and_not_the_mean() -> None:
     assert choose(pair(measured(-0.01, -0.09), general), LIMITS) == 0
 
 
+def test_with_every_setting_looked_at_the_upper_end_moves_out() -> None:
+    interval = Interval(0.001, 0.0, 0.002)
+    assert simultaneous(interval, 1) == interval.high
+    ends = [simultaneous(interval, count) for count in (2, 8, 60)]
+    assert ends == sorted(ends)
+    # Of Bonferroni for 8: the normal quantile of 1 - 0.025 / 8 is 2.7344 and not 1.9600.
+    assert ends[1] == pytest.approx(0.001 + 0.001 * 2.7344 / 1.95996, abs=1e-7)
+
+
+def test_harmless_by_chance_among_many_is_not_within_the_limit() -> None:
+    """General text loses 0.002 with every setting: some of sixty would seem to spare it."""
+    rng = np.random.default_rng(0)
+    tokens, documents = np.full(40, 100), np.arange(40)
+    general = Measured(rng.normal(0.002, 0.006, (60, 40)), tokens, documents)
+    assert min(general.interval(index).high for index in range(60)) < LIMITS.general
+    texts = pair(measured(*np.linspace(-0.05, -0.06, 60)), general)
+    assert choose(texts, LIMITS) is None
+
+
 def test_sequences_of_one_document_are_no_independent_witnesses() -> None:
     rng = np.random.default_rng(0)
     tokens = np.full(80, 100)
@@ -175,6 +214,30 @@ def test_choosing_among_noise_does_not_flatter_itself() -> None:
     assert best is not None
     assert domain.interval(best).high < 0  # looks like a sure gain
     assert cross_fitted(texts, LIMITS)["domain"].high > 0  # and is none
+
+
+def test_a_fold_that_would_have_led_elsewhere_has_not_what_was_measured_around_the_leader() -> None:
+    """Without fold 0 the second candidate leads, so what the first led to is not reached there."""
+    spared = np.arange(40) % FOLDS == 0
+    first = np.stack([np.where(spared, -0.2, -0.01), np.full(40, -0.05)])
+    around = np.where(spared, -0.3, -0.06)[None]  # better than both on every fold
+    tokens, documents = np.full(40, 100), np.arange(40)
+    domain = Measured(np.concatenate([first, around]), tokens, documents)
+    texts = pair(domain, measured(0.0, 0.0, 0.0))
+    steps = Steps(first=2, leading=[0, 1])
+    assert domain.leader([0, 1]) == 0
+    assert cross_fitted(texts, LIMITS)["domain"].mean == pytest.approx((-0.3 - 3 * 0.06) / 4)
+    honest = cross_fitted(texts, LIMITS, steps)["domain"].mean
+    assert honest == pytest.approx((-0.05 - 3 * 0.06) / 4)
+
+
+def test_the_gates_around_a_way_change_nothing_else() -> None:
+    way = Way("residual", 8, 0.5, "sequence", 0.95, 16.0, 2.0)
+    found = gates_for(way, GATES)
+    assert [(one.decay, one.caution) for one in found] == list(GATES)
+    assert {(one.variant, one.neighbors, one.scale, one.power) for one in found} == {
+        ("residual", 8, 0.5, 2.0)
+    }
 
 
 def test_a_real_gain_is_proven_and_general_text_measured_with_it() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from knnmoe.calibration.switching import joined
+from knnmoe.calibration.switching import MOST_TOKENS, joined
 from knnmoe.runtime.texts import TokenSequence, TokenText
 
 
@@ -24,6 +24,12 @@ def test_a_domain_half_is_followed_by_a_general_half() -> None:
     assert (first.document, first.read) == (0, 19)
     assert second.tokens.tolist() == [*range(10), *range(100, 106)]  # three tokens are too few
     assert second.document == 1
+
+
+def test_long_sequences_make_no_longer_passages() -> None:
+    (passage,) = joined(text(400), text(300, start=1000), None)
+    assert passage.tokens.tolist() == [*range(MOST_TOKENS), *range(1000, 1000 + MOST_TOKENS)]
+    assert passage.targets == MOST_TOKENS
 
 
 def test_whole_passages_are_kept_within_the_room() -> None:
