@@ -112,7 +112,7 @@ GRID = (
     Way("residual", 8, 1.0, "sequence", 0.95, 16.0),
 )
 # (decay, caution): the longer evidence is remembered the surer it is, and the later let go of.
-GATES = ((0.97, 4.0), (0.95, 4.0), (0.95, 64.0), (0.9, 16.0), (0.9, 64.0))
+GATES = ((0.97, 4.0), (0.95, 4.0), (0.95, 64.0), (0.9, 64.0), (0.8, 64.0))
 THOROUGH = (
     *GRID,
     *(Way("residual", 8, 1.0, "sequence", 0.95, 16.0, power) for power in (0.25, 2.0)),
@@ -124,7 +124,7 @@ THOROUGH = (
     Way("logits", 8, 1.0, "sequence", 0.95, 16.0, evidence="all"),
     Way("residual", 8, 1.0, "sequence", 0.95, 16.0, evidence="all"),
 )
-MORE_GATES = (*GATES, (0.8, 16.0), (0.8, 64.0), (0.97, 16.0), (0.97, 64.0), (1.0, 4.0))
+MORE_GATES = (*GATES, (0.9, 16.0), (0.8, 16.0), (0.97, 16.0), (0.97, 64.0), (1.0, 4.0))
 
 
 def gates_for(way: Way, gates: Sequence[tuple[float, float]]) -> list[Way]:
