@@ -110,6 +110,8 @@ _MEASURES = {1.0: "s̄", 2.0: "s̄²"}
 GRID = (
     *(Way("logits", 8, 1.0, "sequence", 0.95, 16.0, power) for power in (0.25, 1.0, 2.0)),
     Way("residual", 8, 1.0, "sequence", 0.95, 16.0),
+    # What lets go at little cost: of a memory that gains a nat a token nothing else may.
+    Way("residual", 8, 1.0, "sequence", 0.9, 64.0),
 )
 # (decay, caution): the longer evidence is remembered the surer it is, and the later let go of.
 GATES = ((0.97, 4.0), (0.95, 4.0), (0.95, 64.0), (0.9, 64.0), (0.8, 64.0))
