@@ -55,7 +55,7 @@ from .switching import joined
 
 DEFAULT_MAX_TOKENS = 6000
 SWITCH_SHARE = 0.25  # tokens of text that changes its subject, of those of either text
-LEAST_PASSAGES = 20  # if the texts have as many, whatever their tokens
+LEAST_PASSAGES = 40  # if the texts have as many, whatever their tokens
 MAX_SEEN = 0.1  # share of a text's sequences that may be in the memory
 
 

@@ -110,11 +110,18 @@ _MEASURES = {1.0: "s̄", 2.0: "s̄²"}
 GRID = (
     *(Way("logits", 8, 1.0, "sequence", 0.95, 16.0, power) for power in (0.25, 1.0, 2.0)),
     Way("residual", 8, 1.0, "sequence", 0.95, 16.0),
-    # What lets go at little cost: of a memory that gains a nat a token nothing else may.
-    Way("residual", 8, 1.0, "sequence", 0.9, 64.0),
 )
-# (decay, caution): the longer evidence is remembered the surer it is, and the later let go of.
-GATES = ((0.97, 4.0), (0.95, 4.0), (0.95, 64.0), (0.9, 64.0), (0.8, 64.0))
+# (decay, caution, share of the scale): the longer evidence is remembered the surer it is, and the
+# later let go of. Half the scale is for memories that gain so much that nothing else lets go of
+# them soon enough.
+GATES = (
+    (0.97, 4.0, 1.0),
+    (0.95, 4.0, 1.0),
+    (0.95, 64.0, 1.0),
+    (0.9, 64.0, 1.0),
+    (0.8, 64.0, 1.0),
+    (0.8, 64.0, 0.5),
+)
 THOROUGH = (
     *GRID,
     *(Way("residual", 8, 1.0, "sequence", 0.95, 16.0, power) for power in (0.25, 2.0)),
@@ -126,12 +133,20 @@ THOROUGH = (
     Way("logits", 8, 1.0, "sequence", 0.95, 16.0, evidence="all"),
     Way("residual", 8, 1.0, "sequence", 0.95, 16.0, evidence="all"),
 )
-MORE_GATES = (*GATES, (0.9, 16.0), (0.8, 16.0), (0.97, 16.0), (0.97, 64.0), (1.0, 4.0))
+MORE_GATES = (
+    *GATES,
+    *((decay, 16.0, 1.0) for decay in (0.8, 0.9, 0.97)),
+    (0.97, 64.0, 1.0),
+    (1.0, 4.0, 1.0),
+)
 
 
-def gates_for(way: Way, gates: Sequence[tuple[float, float]]) -> list[Way]:
-    """A way with other gates, each a decay and a caution."""
-    return [replace(way, decay=decay, caution=caution) for decay, caution in gates]
+def gates_for(way: Way, gates: Sequence[tuple[float, float, float]]) -> list[Way]:
+    """A way with other gates, each a decay, a caution and a share of the way's scale."""
+    return [
+        replace(way, decay=decay, caution=caution, scale=way.scale * share)
+        for decay, caution, share in gates
+    ]
 
 
 def usable(ways: Sequence[Way], *, background: bool) -> list[Way]:

@@ -234,10 +234,8 @@ def test_a_fold_that_would_have_led_elsewhere_has_not_what_was_measured_around_t
 def test_the_gates_around_a_way_change_nothing_else() -> None:
     way = Way("residual", 8, 0.5, "sequence", 0.95, 16.0, 2.0)
     found = gates_for(way, GATES)
-    assert [(one.decay, one.caution) for one in found] == list(GATES)
-    assert {(one.variant, one.neighbors, one.scale, one.power) for one in found} == {
-        ("residual", 8, 0.5, 2.0)
-    }
+    assert [(one.decay, one.caution, one.scale / way.scale) for one in found] == list(GATES)
+    assert {(one.variant, one.neighbors, one.power) for one in found} == {("residual", 8, 2.0)}
 
 
 def test_a_real_gain_is_proven_and_general_text_measured_with_it() -> None:
