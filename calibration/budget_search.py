@@ -416,11 +416,7 @@ def token_nll(model: Model, sequences: Sequence[TokenSequence]) -> NDArray[np.fl
     """NLL of what follows each token [T] of some sequences, 0 where that is not predicted."""
     parts = []
     for sequence in sequences:
-        ids = sequence.tokens
-        logits = model.logits(ids.tolist())[:-1].astype(np.float64)
-        highest = logits.max(axis=1)
-        total = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
-        nll = total - logits[np.arange(len(logits)), ids[1:]]
+        nll = -model.score(sequence.tokens).astype(np.float64)
         parts.append(np.append(np.where(sequence.credited, nll, 0), 0.0))
     return np.concatenate(parts)
 

@@ -20,8 +20,8 @@ from torch.nn import Module
 from torch.nn import functional as F  # noqa: N812 - the name everybody knows it by
 from torch.overrides import TorchFunctionMode
 
+from knnmoe.pretrained import first_line, load_pretrained
 from knnmoe.runtime.errors import BackendError, CheckpointError
-from knnmoe.runtime.shortage import is_shortage, shortage
 
 from .credit import pass_over_choice, register_next_attention
 from .settings import Compute, Gradient, Objective
@@ -98,12 +98,13 @@ class Teacher:
             BackendError: If the device is not there, or too small.
             DeviceError: If there is not enough memory for it.
         """
-        model = _load_model(Path(path), DTYPES[dtype], device)
+        model = load_pretrained(Path(path), DTYPES[dtype])
+        _choose_experts(model, device, DTYPES[dtype])
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise BackendError(
-                f"device {device}", f"cannot hold the model ({_first_line(error)})",
+                f"device {device}", f"cannot hold the model ({first_line(error)})",
                 fix="Choose another --device, or --dtype bf16.",
             ) from error  # fmt: skip
         return Teacher(model, objective=objective, gradient=gradient)
@@ -260,66 +261,11 @@ def _find_routers(model: Any) -> dict[str, Module]:
     return routers
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: str) -> Any:
-    import transformers
+def _choose_experts(model: Any, device: str, dtype: torch.dtype) -> None:
+    """Of the implementations that transformers offers, eager experts are the fastest on a CPU.
 
-    loader: Any = transformers.AutoModelForCausalLM
-    logging: Any = transformers.utils.logging
-    # Its bars and advice would fall between ours.
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        model, report = loader.from_pretrained(
-            path,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            quantization_config=_quantization(path),
-        )
-    except Exception as error:  # many kinds are raised for a broken directory
-        if is_shortage(error):
-            fix = "Close what else uses the memory, or use a machine that has more."
-            raise shortage(error, f"the model of {path}", None, fix) from error
-        raise CheckpointError(
-            path,
-            f"transformers cannot load it ({_first_line(error)})",
-            fix="Download the checkpoint again, or use a version of transformers that knows it.",
-        ) from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise CheckpointError(
-            path,
-            "weights are missing or of another shape",
-            expected="all weights of the architecture in config.json",
-            found=", ".join(absent[:5]),
-            fix="Download the checkpoint again.",
-        )
-    # Of the implementations that transformers offers this is the fastest on a CPU; a GPU keeps the
-    # grouped products, which are made for bf16.
+    A GPU keeps the grouped products, which are made for bf16.
+    """
     grouped = device.startswith("cuda") and dtype == torch.bfloat16
     if not grouped and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
-    return model
-
-
-def _quantization(path: Path) -> Any:
-    """What has transformers dequantise experts in MXFP4 as it loads them; None for others."""
-    import transformers
-
-    library: Any = transformers  # whose types do not say what it exports
-    config, _ = library.PretrainedConfig.get_config_dict(path, local_files_only=True)
-    stated = config.get("quantization_config")
-    if not isinstance(stated, dict) or stated.get("quant_method") != "mxfp4":
-        return None
-    return library.Mxfp4Config(dequantize=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

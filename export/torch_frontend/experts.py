@@ -14,9 +14,10 @@ from torch import Tensor
 
 from knnmoe.export.architecture import Swiglu
 from knnmoe.export.weights import PlannedTensor, row_chunks
+from knnmoe.pretrained import first_line
 from knnmoe.runtime.errors import CheckpointError
 
-from .loading import OTHER_FAMILY, first_line
+from .loading import OTHER_FAMILY
 from .names import EXPERTS
 
 

@@ -17,6 +17,7 @@ from knnmoe.export.gate_graphs import GateShape
 from knnmoe.export.graph import GraphBuilder, StoredTensor
 from knnmoe.export.storage import Storage
 from knnmoe.export.weights import PlannedTensor, row_chunks
+from knnmoe.pretrained import quiet_transformers
 from knnmoe.runtime.bundle import ModelShape
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
@@ -26,7 +27,7 @@ from knnmoe.runtime.selection_bias import TENSOR
 from .experts import describe_experts
 from .gates import Site, find_sites
 from .graphs import Pieces, fused_graph, is_inline, segment_graph
-from .loading import OTHER_FAMILY, load_model, quiet_transformers
+from .loading import OTHER_FAMILY, load_model
 from .names import CONSTANT, PREFIX, ROUTER
 from .placeholders import ATTENTION, EXPERTS, forget
 from .probing import attention_windows

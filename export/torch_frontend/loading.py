@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from knnmoe.pretrained import load_pretrained
 from knnmoe.runtime.checkpoint import CONFIG, Checkpoint
 from knnmoe.runtime.errors import CheckpointError
-from knnmoe.runtime.shortage import is_shortage, shortage
 
 OTHER_FAMILY = (
     "Tracing cannot express this; a description of the family, in knnmoe's export/families, might."
@@ -45,67 +43,18 @@ def load_model(source: Checkpoint) -> Any:
     return load_fp32(source.path)
 
 
-def load_fp32(path: Path, quantization: Any = None) -> Any:
+def load_fp32(path: Path) -> Any:
     """The model in a directory, in fp32 and for inference.
 
     Args:
         path: Of the checkpoint.
-        quantization: What transformers is to do with quantised weights, if there are any.
 
     Raises:
         CheckpointError: If transformers cannot load it, or weights are missing.
         DeviceError: If there is not enough memory for it.
     """
-    import transformers
-
-    loader: Any = transformers.AutoModelForCausalLM
-    try:
-        with quiet_transformers():
-            model, report = loader.from_pretrained(
-                path,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                quantization_config=quantization,
-            )
-    except Exception as error:  # many kinds are raised for a broken directory
-        if is_shortage(error):
-            fix = "Close what else uses the memory, or use a machine that has more."
-            raise shortage(error, f"the model of {path}", None, fix) from error
-        raise CheckpointError(
-            path,
-            f"transformers cannot load it ({first_line(error)})",
-            fix="Download the checkpoint again, or use a version of transformers that knows it.",
-        ) from error
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise CheckpointError(
-            path,
-            "weights are missing or of another shape",
-            expected="all weights of the architecture in config.json",
-            found=", ".join(absent[:5]),
-            fix="Download the checkpoint again.",
-        )
+    model = load_pretrained(path, torch.float32, attn_implementation="eager")
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep the bars and the advice of transformers out of what a command says."""
-    import transformers
-
-    logging: Any = transformers.utils.logging
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def causal_class(model_type: str) -> str | None:
@@ -115,9 +64,3 @@ def causal_class(model_type: str) -> str | None:
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     found: str | None = known.get(model_type)
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnmoe.pretrained import first_line
 from knnmoe.runtime.errors import CheckpointError
 
-from .loading import OTHER_FAMILY, first_line
+from .loading import OTHER_FAMILY
 from .placeholders import NAME, register
 
 _TOKENS = 6

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from knnmoe.pretrained import first_line
 from knnmoe.runtime.errors import CheckpointError
 
-from .loading import OTHER_FAMILY, first_line
+from .loading import OTHER_FAMILY
 from .norms import Norm, find_norms
 from .placeholders import ATTENTION, EXPERTS, NAME, register, register_experts, traced_attention
 

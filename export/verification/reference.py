@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from knnmoe.export.families import FAMILIES
-from knnmoe.export.mxfp4 import ENTRY
 from knnmoe.export.storage import EXPERT_PARTS, FIELD_PARTS, Storage
 from knnmoe.export.torch_frontend.names import is_traced
 from knnmoe.runtime.bundle import Bundle
-from knnmoe.runtime.checkpoint import CONFIG
 from knnmoe.runtime.errors import BackendError
 from knnmoe.runtime.selection_bias import read_selection_biases
 
@@ -59,7 +56,7 @@ def reference(
 
     from knnmoe.export.torch_frontend.loading import load_fp32
 
-    model = load_fp32(Path(checkpoint), _quantization(bundle))
+    model = load_fp32(Path(checkpoint))
     _restore(model, bundle)
     run = _recording(model, bundle)
     rule, biases = bundle.manifest.routing, read_selection_biases(bundle)
@@ -96,16 +93,6 @@ def _recording(model: Any, bundle: Bundle) -> Callable[[Any], tuple[Sequence[Any
         return output.router_logits, output.logits
 
     return run
-
-
-def _quantization(bundle: Bundle) -> Any:
-    """What has transformers dequantise experts in MXFP4 as it loads them; None for others."""
-    if json.loads(bundle.file(CONFIG).read_bytes()).get(ENTRY) is None:
-        return None
-    import transformers
-
-    library: Any = transformers  # whose types do not say what it exports
-    return library.Mxfp4Config(dequantize=True)
 
 
 def _restore(model: Any, bundle: Bundle) -> None:
