@@ -34,11 +34,11 @@ from knnmoe.runtime.blend import GateMemory
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.base import Run
-from knnmoe.runtime.engines.onnx_bytes import Node, Tensor, graph_bytes
+from knnmoe.runtime.engines.onnx_bytes import Node, NodeList, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.onnx import FROZEN, OnnxGate
-from knnmoe.runtime.gates.scan import scan_engine
+from knnmoe.runtime.gates.scan import best_entries, int8_is_cut_off, int8_scores
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.routing import RoutingRule
 
@@ -169,7 +169,7 @@ def measure(
             name: engine.bind({"x": x, **inputs}, {"y": scores})
             for name, (engine, inputs) in engines.items()
         }
-        runs["scan"] = scan.bind({"router_input": x}, {"candidates": candidates})
+        runs["scan"] = scan.bind({"queries": x - memory.center}, {"candidates": candidates})
         runs["exact gate"] = exact.bind(buffers(x))
         runs["two-stage gate"] = two_stage.bind(buffers(x))
         runs["compressed gate"] = projected.bind(buffers(x))
@@ -191,6 +191,17 @@ def measure(
             }
         )
     return rows
+
+
+def scan_engine(memory: GateMemory, candidates: int, threads: int) -> OrtEngine:
+    """The first stage alone: centred queries [T, D] to candidates [T, R]."""
+    g = NodeList()
+    scores, weights = int8_scores(g, memory, "queries")
+    g.op("Identity", best_entries(g, scores, candidates, len(memory.keys)), out="candidates")
+    read = [Tensor("queries", np.float32, ("tokens", memory.keys.shape[1]))]
+    left = [Tensor("candidates", np.int64, ("tokens", candidates))]
+    graph = graph_bytes(g.nodes, read, left, g.constants, weights)
+    return OrtEngine(graph, threads=threads, weights=weights, precise_int8=int8_is_cut_off())
 
 
 def gate_engine(memory: GateMemory, threads: int, name: str) -> OrtEngine:

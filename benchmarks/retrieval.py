@@ -20,25 +20,23 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import click
 import numpy as np
-import onnxruntime as ort
 from cpu_decode import environment
 from rich.console import Console
 from rich.table import Table
 
-from knnmoe.runtime.bundle import FROZEN, Bundle
+from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.compressed import CompressedMemory
-from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.gates.base import GateBuffers
-from knnmoe.runtime.gates.one_token import OneTokenGate
+from knnmoe.runtime.gates.retrieval import Retrieval
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pipeline import Pipeline
@@ -129,32 +127,14 @@ class Contender:
         }
 
 
-@contextmanager
-def profiled(prefix: str) -> Iterator[None]:
-    """Engines that are made within write profiles."""
-    original = ort.SessionOptions
-
-    def options() -> Any:
-        made = original()
-        made.enable_profiling, made.profile_file_prefix = True, prefix
-        return made
-
-    ort.SessionOptions = options
-    try:
-        yield
-    finally:
-        ort.SessionOptions = original
-
-
 def inside(pack: MemoryPack, bundle: Bundle, runs: int) -> dict[str, float]:
     """Median microseconds of the stages of a gate of one token, by the profiler."""
     manifest = bundle.manifest
     memory = pack.memory_of(pack.gates[0], manifest.routing)
     assert isinstance(memory, CompressedMemory)
-    frozen = OrtEngine(bundle.file(manifest.gates[FROZEN].file), threads=1)
+    retrieval = Retrieval.over(memory, memory.candidates, threads=1)
     with tempfile.TemporaryDirectory() as folder:
-        with profiled(f"{folder}/gate"):
-            gate = OneTokenGate.over(memory, memory.candidates, frozen)
+        engine = retrieval.make(profile=Path(folder, "gate"))
         experts = manifest.experts_per_token
         buffers = GateBuffers(
             np.zeros((1, memory.size), np.float32),
@@ -165,13 +145,14 @@ def inside(pack: MemoryPack, bundle: Bundle, runs: int) -> dict[str, float]:
             np.zeros((1, experts), np.float32),
             np.zeros((1, 2), np.float32),
         )
-        run, random = gate.bind(buffers), np.random.default_rng(SEED)
+        blended = np.zeros_like(buffers.router_logits)
+        run = replace(retrieval, engine=engine).bind(buffers, blended, None)
+        random = np.random.default_rng(SEED)
         for _ in range(runs):
             buffers.router_input[...] = random.standard_normal((1, memory.size))
             OTHER.sum()
             run()
-        engine: Any = gate.engine
-        events = json.loads(Path(engine._session.end_profiling()).read_text(encoding="utf-8"))
+        events = json.loads(engine.end_profile().read_text(encoding="utf-8"))
     operators = [event for event in events if event["name"].endswith("_kernel_time")]
     count = len(operators) // runs
     stages: dict[str, list[float]] = {}
@@ -192,6 +173,7 @@ def stages_of(operators: list[dict[str, Any]]) -> list[str]:
     names = [event["args"]["op_name"] for event in operators]
     products = [place for place, name in enumerate(names) if name == "MatMulNBits"]
     widening = names.index("Cast")
+    scoring = names.index("MatMul")
     found = []
     for place, name in enumerate(names):
         if place < products[0]:
@@ -205,7 +187,7 @@ def stages_of(operators: list[dict[str, Any]]) -> list[str]:
         elif place < widening:
             found.append("scores" if name == "Gemm" else "selection")
         else:
-            found.append("scores" if name == "Gemm" else "blend")
+            found.append("scores" if name == "Gemm" or place <= scoring + 1 else "blend")
     return found
 
 

@@ -7,14 +7,17 @@ left unread, sliding, traced. One thread swaps memories, takes them away, and of
 refused. Each step says which memory routed it (`StepRecord.memory`), so that afterwards every
 conversation is run again by one thread on a model of its own, each step under the memory that it
 had: all tokens must be the same. A step has one memory, and one put in place before a step began
-routes it. Meanwhile resident memory, files, threads and memories that something still holds are
-counted: they must not grow. A thread without a step for a minute ends the run with all stacks.
+routes it. Now and then all threads rest between two conversations, and resident memory, files,
+threads and memories that something still holds are counted: they must not grow. (While two dozen
+sessions run, what is resident goes up and down by half.) A thread without a step for a minute ends
+the run with all stacks.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -40,7 +43,7 @@ from knnmoe.runtime import Hooks, MemoryPack, Model, StepRecord
 from knnmoe.runtime.errors import MemoryPackError
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTLED = 0.5  # of the samples, after which growth is looked for
+SETTLED = 0.25  # of the samples, after which growth is looked for
 ALLOWED_GROWTH = 0.05  # of resident memory, over the run
 LEAST_GROWTH = 16 << 20  # bytes: allocators keep some
 
@@ -94,6 +97,39 @@ class Versions:
         return len(self._layouts)
 
 
+class Rest:
+    """Lets threads wait between two conversations until all of them do."""
+
+    def __init__(self) -> None:
+        self._going = threading.Event()
+        self._going.set()
+        self._count = 0
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """Threads that rest."""
+        return self._count
+
+    def here(self) -> None:
+        """What a thread calls where it may rest."""
+        if self._going.is_set():
+            return
+        with self._lock:
+            self._count += 1
+        self._going.wait()
+        with self._lock:
+            self._count -= 1
+
+    def begin(self) -> None:
+        """Have threads rest as soon as they come by."""
+        self._going.clear()
+
+    def end(self) -> None:
+        """Have them go on."""
+        self._going.set()
+
+
 @dataclass
 class Talker:
     """One thread's conversations, each written to `spool` when it has ended."""
@@ -103,6 +139,7 @@ class Talker:
     spool: IO[str]
     writing: threading.Lock
     stop: threading.Event
+    rest: Rest
     seed: int
     steps: int = 0  # also the sign of life
     counts: Counter[str] = field(default_factory=Counter)
@@ -114,6 +151,7 @@ class Talker:
             draw = random.Random(f"{self.seed} {self.number}")
             while not self.stop.is_set():
                 self._converse(draw)
+                self.rest.here()
         except BaseException as error:
             self.problem = error
         finally:
@@ -202,7 +240,7 @@ class _Either:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process held at a moment."""
+    """What the process held at rest."""
 
     seconds: float
     resident: int
@@ -217,11 +255,12 @@ class Report:
 
     Attributes:
         differing: Steps whose token another one alone was not, described; none if all is well.
-        resident: Bytes, the median.
-        resident_over_time: Bytes at some twenty moments.
-        growth: Bytes of resident memory over the run, by the median slope of the settled samples.
+        rests: How often all threads rested.
+        resident: Bytes at rest, the median.
+        resident_over_time: Bytes at some twenty of the rests.
+        growth: Bytes of resident memory over the run, by the median slope of the settled rests.
         files, threads: Open at the beginning and at the end.
-        memories: That something still held, at most and at the end.
+        memories: That something still held, at most at rest and at the end.
     """
 
     seconds: float
@@ -234,6 +273,7 @@ class Report:
     swapped_texts: int
     conversations: int
     differing: list[str]
+    rests: int
     resident: int
     resident_over_time: list[int]
     growth: int
@@ -250,8 +290,8 @@ class Report:
         for name, (first, last) in (("files", self.files), ("threads", self.threads)):
             if last > first:
                 found.append(f"{name}: {first} at the beginning, {last} at the end")
-        if self.memories[1] > 1:
-            found.append(f"{self.memories[1]} memories are held at the end")
+        if max(self.memories) > 1:
+            found.append(f"memories held at rest and at the end: {self.memories}")
         return found
 
 
@@ -265,6 +305,7 @@ def soak(
     swap_every: float = 0.3,
     seed: int = 0,
     stuck_after: float = 60.0,
+    rest_every: float = 15.0,
     replayers: int = 1,
 ) -> Report:
     """Run the sessions, then each conversation again.
@@ -278,6 +319,7 @@ def soak(
         swap_every: Seconds between two swaps.
         seed: Of all that is drawn.
         stuck_after: Seconds without a step of a thread that end the run.
+        rest_every: Seconds between two rests.
         replayers: Threads that run the conversations again.
 
     Raises:
@@ -287,18 +329,25 @@ def soak(
     model = Model.load(bundle, threads=1)
     versions = Versions(model, memories)
     versions.swap(0)
-    stop = threading.Event()
+    stop, rest = threading.Event(), Rest()
     begun = time.monotonic()
     with spool.open("w", encoding="utf-8") as stream:
         writing = threading.Lock()
-        talkers = [Talker(n, versions, stream, writing, stop, seed) for n in range(sessions)]
+        talkers = [Talker(n, versions, stream, writing, stop, rest, seed) for n in range(sessions)]
         threads = [threading.Thread(target=one.run, daemon=True) for one in talkers]
         swapping = threading.Thread(
-            target=_swap, args=(versions, swap_every, seed, stop), daemon=True
+            target=_swap, args=(versions, swap_every, seed, stop, rest), daemon=True
         )
         for thread in (*threads, swapping):
             thread.start()
-        samples = _watch(talkers, versions, begun, seconds, stuck_after, stop)
+        try:
+            samples = _watch(
+                talkers, versions, rest, begun + seconds, rest_every=rest_every,
+                stuck_after=stuck_after,
+            )  # fmt: skip
+        finally:
+            stop.set()
+            rest.end()
         for thread in (*threads, swapping):
             thread.join(stuck_after)
     _raise_of(talkers)
@@ -310,7 +359,7 @@ def soak(
     replay = Replay(bundle, memories, versions.which)
     with ThreadPoolExecutor(replayers) as pool:
         found = list(pool.map(replay.check, lines))
-    resident = int(np.median([sample.resident for sample in samples]))
+    resident = int(np.median([sample.resident for sample in samples])) if samples else 0
     return Report(
         seconds=round(lasted, 1),
         sessions=sessions,
@@ -322,6 +371,7 @@ def soak(
         swapped_texts=sum(one.swapped for one in found),
         conversations=len(lines),
         differing=[problem for one in found for problem in one.problems],
+        rests=len(samples),
         resident=resident,
         resident_over_time=[s.resident for s in samples[:: max(1, len(samples) // 20)]],
         growth=growth(samples),
@@ -332,9 +382,10 @@ def soak(
     )
 
 
-def _swap(versions: Versions, every: float, seed: int, stop: threading.Event) -> None:
+def _swap(versions: Versions, every: float, seed: int, stop: threading.Event, rest: Rest) -> None:
     draw = random.Random(f"{seed} swaps")
     while not stop.wait(draw.uniform(0.5, 1.5) * every):
+        rest.here()
         if draw.random() < 0.1:
             versions.offer_wrong()
         versions.swap(draw.randrange(len(versions.memories)))
@@ -343,34 +394,49 @@ def _swap(versions: Versions, every: float, seed: int, stop: threading.Event) ->
 def _watch(
     talkers: Sequence[Talker],
     versions: Versions,
-    begun: float,
-    seconds: float,
+    rest: Rest,
+    end: float,
+    *,
+    rest_every: float,
     stuck_after: float,
-    stop: threading.Event,
 ) -> list[Sample]:
-    """Count what the process holds until time is up, and that every thread goes on."""
+    """Count what the process holds whenever all rest, and see that every thread goes on."""
+    begun = time.monotonic()
     samples: list[Sample] = []
     alive = {talker.number: (0, begun) for talker in talkers}
-    while (now := time.monotonic()) < begun + seconds:
+    next_rest = begun + rest_every
+    resting = False
+    while (now := time.monotonic()) < end or resting:
         for talker in talkers:
             steps, since = alive[talker.number]
             if talker.problem is not None:
-                stop.set()
                 raise talker.problem
-            if talker.steps != steps:
+            if talker.steps != steps or resting:
                 alive[talker.number] = (talker.steps, now)
             elif now - since > stuck_after:
-                stop.set()
-                faulthandler.dump_traceback(all_threads=True)
-                raise StuckError(
-                    f"session {talker.number} has made no step for {now - since:.0f} s"
-                )
-        samples.append(
-            Sample(now - begun, _resident(), _files(), threading.active_count(), versions.held)
-        )
-        time.sleep(min(2.0, seconds / 100))
-    stop.set()
+                _stuck(f"session {talker.number} has made no step for {now - since:.0f} s")
+        if not resting and now >= next_rest:
+            resting = True
+            rest.begin()
+        elif resting and rest.count == len(talkers) + 1:
+            versions.swap(0)
+            samples.append(_sample(now - begun, versions))
+            rest.end()
+            resting, next_rest = False, now + rest_every
+        elif resting and now > next_rest + stuck_after:
+            _stuck(f"of {len(talkers) + 1} threads {rest.count} came to rest")
+        time.sleep(min(0.1, rest_every / 10))
     return samples
+
+
+def _sample(seconds: float, versions: Versions) -> Sample:
+    gc.collect()
+    return Sample(seconds, _resident(), _files(), threading.active_count(), versions.held)
+
+
+def _stuck(what: str) -> None:
+    faulthandler.dump_traceback(all_threads=True)
+    raise StuckError(what)
 
 
 def _raise_of(talkers: Sequence[Talker]) -> None:
@@ -378,8 +444,7 @@ def _raise_of(talkers: Sequence[Talker]) -> None:
         if talker.problem is not None:
             raise talker.problem
         if not talker.done:
-            faulthandler.dump_traceback(all_threads=True)
-            raise StuckError(f"session {talker.number} does not end")
+            _stuck(f"session {talker.number} does not end")
 
 
 def growth(samples: Sequence[Sample]) -> int:
@@ -429,6 +494,7 @@ def memories_of(pack: MemoryPack) -> list[MemoryPack | None]:
 @click.option("--minutes", type=float, default=10.0, show_default=True)
 @click.option("--sessions", type=int, default=24, show_default=True)
 @click.option("--swap-every", type=float, default=2.0, show_default=True, help="Seconds.")
+@click.option("--rest-every", type=float, default=15.0, show_default=True, help="Seconds.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--replayers", type=int, default=2, show_default=True, help="Threads.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report there as JSON.")
@@ -438,6 +504,7 @@ def main(
     minutes: float,
     sessions: int,
     swap_every: float,
+    rest_every: float,
     seed: int,
     replayers: int,
     output: Path | None,
@@ -447,8 +514,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         report = soak(
             bundle, memories_of(MemoryPack.open(memory)), Path(folder, "conversations.jsonl"),
-            seconds=60 * minutes, sessions=sessions, swap_every=swap_every, seed=seed,
-            replayers=replayers,
+            seconds=60 * minutes, sessions=sessions, swap_every=swap_every,
+            rest_every=rest_every, seed=seed, replayers=replayers,
         )  # fmt: skip
     content = {**asdict(report), "problems": report.problems, "environment": environment()}
     if output is not None:

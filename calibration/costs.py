@@ -31,8 +31,8 @@ from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.compressed_files import PARTS
 from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.errors import SettingError
-from knnmoe.runtime.gates.one_token import BLOCKED_ENTRIES
-from knnmoe.runtime.gates.two_stage import MANY_ELEMENTS, MANY_SIZE, SCANNED_ELEMENTS
+from knnmoe.runtime.gates.scan import BLOCKED_ENTRIES
+from knnmoe.runtime.gates.two_stage import SCANNED_ELEMENTS
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
 from knnmoe.runtime.pipeline import Pipeline
@@ -107,15 +107,15 @@ class GateShape:
 def held_bytes(gate: GateShape) -> int:
     """What the runtime holds of a compressed gate on the host, arrays of the search and the blend.
 
-    What is scanned is held twice, rearranged by ONNX Runtime for calls of one token and for those
-    of several; codes of keys that are not kept in full once more, by row. Mapped keys count too.
+    What is scanned is held as ONNX Runtime rearranged it; codes of keys that are not kept in full
+    once more, by row. Mapped keys count too.
     """
     n, d, w = gate.entries, gate.hidden_size, gate.width
     fine, coarse = gate.key_widths or (0, 0)
     codes = n * w * gate.bits // 8
     scan = codes + n * 4 * (w // block_size(w)) + 4 * n  # scales by block; mask and norms
     scan += w * d + 4 * w * (d // block_size(d))
-    rows = 4 * d + n * (4 + 8 + 4)  # centre; multiplier, scales, evidence
+    rows = 4 * d + n * (4 + 4)  # centre; multiplier, evidence
     rows += 8 * n if n >= BLOCKED_ENTRIES else 0  # numbers of the entries by block
     keys = {
         "as-stored": n * d * gate.element,
@@ -124,7 +124,7 @@ def held_bytes(gate: GateShape) -> int:
         "projected": codes + w * d + 4 * w,
         "graded": n * (fine + coarse // 2 + 8) + (fine + coarse) * (d + 4),
     }[gate.keys]
-    return 2 * scan + rows + keys + value_bytes(gate)
+    return scan + rows + keys + value_bytes(gate)
 
 
 def value_bytes(gate: GateShape) -> int:
@@ -137,15 +137,12 @@ def value_bytes(gate: GateShape) -> int:
 def plain_bytes(entries: int, hidden_size: int, experts: int) -> int:
     """What the runtime holds of a gate that is not compressed, as `auto` searches it.
 
-    That is all in fp32, and for large memories int8 keys to scan: twice as above, where they are
-    not so large that calls of one token have no graph of their own.
+    That is all in fp32, and for large memories int8 keys to scan.
     """
     whole = entries * (4 * hidden_size + 8 + 4 * experts + 4) + 4 * hidden_size
-    elements = entries * hidden_size
-    if elements < SCANNED_ELEMENTS:
+    if entries * hidden_size < SCANNED_ELEMENTS:
         return whole
-    largest = hidden_size >= MANY_SIZE and elements >= MANY_ELEMENTS
-    return whole + (1 if largest else 2) * entries * (hidden_size + 4 + 4)
+    return whole + entries * (hidden_size + 4 + 4)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..stored_values import StoredValues, Values
 
 
 def key_inputs(memory: CompressedMemory) -> dict[str, NDArray[Any]]:
-    """What `append_keys` reads beside the entries."""
+    """What is read of keys beside the entries."""
     if memory.keys is not None:
         return {"keys": memory.keys}
     inputs: dict[str, NDArray[Any]] = {}
@@ -39,19 +39,6 @@ def _projections(memory: CompressedMemory) -> dict[str, ProjectedKeys]:
     if not memory.parts:
         return {"key": memory.scan}
     return {f"part_{number}": part for number, part in enumerate(memory.parts)}
-
-
-def append_keys(g: NodeList, memory: CompressedMemory, entries: str, out: str) -> str:
-    """Rows of the keys of entries [T, R] but for their multipliers: `CompressedMemory.rows`."""
-    if memory.keys is None:
-        parts = append_code_steps(g, memory, entries)
-        if len(parts) == 1:
-            return g.op("MatMul", _sized(g, parts[0]), parts[0].matrix, out=out)
-        return g.op("Add", *(g.op("MatMul", _sized(g, p), p.matrix) for p in parts), out=out)
-    stored = g.op("Gather", "keys", entries)
-    if memory.keys.dtype == np.int8:
-        return g.op("Cast", stored, to=FLOAT, out=out)
-    return g.op("Sub", g.op("Cast", stored, to=FLOAT), "center", out=out)
 
 
 @dataclass(frozen=True)
@@ -80,12 +67,6 @@ def append_code_steps(g: NodeList, memory: CompressedMemory, entries: str) -> li
         sizes = g.op("Gather", f"{name}_sizes", entries) if memory.parts else None
         found.append(CodeSteps(steps, matrix, sizes))
     return found
-
-
-def _sized(g: NodeList, part: CodeSteps) -> str:
-    if part.sizes is None:
-        return part.steps
-    return g.op("Mul", part.steps, g.op("Unsqueeze", part.sizes, g.ints(2)))
 
 
 def value_inputs(values: Values) -> dict[str, NDArray[Any]]:

@@ -1,212 +1,29 @@
-"""The first stage of the gate `two-stage`: graphs that find the candidates of router inputs.
+"""The first stage of the gate `two-stage`: parts of a graph that find candidates.
 
-A graph is made of a few operators over one memory when the memory is put in place. What it scans
-are weights of it, because ONNX Runtime multiplies by int8 and int4 at speed only what it could
-rearrange beforehand.
+What is scanned are weights of a graph, because ONNX Runtime multiplies by int8 and int4 at speed
+only what it could rearrange beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..blend import RBF_CLIP, GateMemory
+from ..blend import GateMemory
 from ..compressed import CompressedMemory
-from ..engines.base import Engine, Run
 from ..engines.onnx_bytes import NodeList, Tensor, graph_bytes
 from ..engines.onnxruntime import OrtEngine
 from ..projection import block_size
-from ..stored_values import dense
 from ..two_stage import quantize_keys
-from .base import Lap, unwatched
-from .gather import append_keys, append_values, key_inputs, value_inputs
 
+# Entries above which the best are looked for among the best blocks: a block's maximum is found
+# faster than a list of the best is kept.
+BLOCKED_ENTRIES = 1 << 15
+BLOCK = 32
 _QUANTIZED_AT_ONCE = 1 << 22  # elements
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """R candidates of each of T tokens, and what is stored of them.
-
-    Attributes:
-        entries: [T, R] int64, in rising order.
-        keys: [T, R, D] fp32, as queries are compared with them.
-        key_scales: [T, R, 2] fp32: multiplier, squared norm.
-        values: [T, R, E] fp32.
-    """
-
-    entries: NDArray[np.int64]
-    keys: NDArray[np.float32]
-    key_scales: NDArray[np.float32]
-    values: NDArray[np.float32]
-
-    @staticmethod
-    def empty(tokens: int, candidates: int, size: int, experts: int) -> Candidates:
-        """Buffers for that many."""
-        rows = (tokens, candidates)
-        return Candidates(
-            np.zeros(rows, np.int64),
-            np.zeros((*rows, size), np.float32),
-            np.zeros((*rows, 2), np.float32),
-            np.zeros((*rows, experts), np.float32),
-        )
-
-
-class Scan(Protocol):
-    """Finds candidates in one memory."""
-
-    @property
-    def candidates(self) -> int:
-        """R, at most N."""
-
-    @property
-    def width(self) -> int:
-        """Numbers of a key that are scanned."""
-
-    @property
-    def bits(self) -> int:
-        """Of such a number."""
-
-    def bind(self, x: NDArray[np.float32], found: Candidates, lap: Lap = unwatched) -> Run:
-        """Fix router inputs [T, D] and buffers, and return what fills these.
-
-        `lap` is told when the stage `scan` is done; what follows is gathering.
-        """
-
-
-@dataclass(frozen=True)
-class Int8Scan:
-    """The scan of a memory whose int8 keys are made of its keys.
-
-    Args:
-        engine: `scan_engine` of the memory.
-        memory: Its keys are read at every call.
-        candidates: R.
-    """
-
-    engine: Engine
-    memory: GateMemory
-    candidates: int
-
-    bits = 8
-
-    @property
-    def width(self) -> int:
-        """See `Scan.width`."""
-        return int(self.memory.keys.shape[1])
-
-    def bind(self, x: NDArray[np.float32], found: Candidates, lap: Lap = unwatched) -> Run:
-        """See `Scan.bind`."""
-        scan = self.engine.bind({"router_input": x}, {"candidates": found.entries})
-        memory, entries = self.memory, found.entries
-        values = dense(memory.values)
-
-        def run() -> None:
-            scan()
-            lap("scan")
-            for source, target in (
-                (memory.keys, found.keys),
-                (memory.key_scales, found.key_scales),
-                (values, found.values),
-            ):
-                source.take(entries, axis=0, out=target, mode="clip")
-
-        return run
-
-
-@dataclass(frozen=True)
-class ProjectedScan:
-    """The scan of a compressed memory, whose projected keys are there.
-
-    Args:
-        engine: `projected_scan_engine` of the memory.
-        inputs: Of the engine beside the router inputs: what candidates are gathered from.
-        candidates: R.
-        width: Dimensions of the projection.
-        bits: Of a projected number.
-    """
-
-    engine: Engine
-    inputs: Mapping[str, NDArray[Any]]
-    candidates: int
-    width: int
-    bits: int
-
-    @staticmethod
-    def over(
-        memory: CompressedMemory, candidates: int, *, threads: int | None = None
-    ) -> ProjectedScan:
-        """The scan of one memory for R candidates."""
-        inputs: dict[str, NDArray[Any]] = {
-            **key_inputs(memory),
-            "multipliers": memory.multipliers,
-            "key_scales": np.stack([np.ones_like(memory.norms), memory.norms], axis=1),
-            **value_inputs(memory.values),
-        }
-        engine = projected_scan_engine(memory, inputs, candidates, threads=threads)
-        return ProjectedScan(engine, inputs, candidates, memory.scan.width, memory.scan.bits)
-
-    def bind(self, x: NDArray[np.float32], found: Candidates, lap: Lap = unwatched) -> Run:
-        """See `Scan.bind`: the graph gathers too, so all of it is `scan`."""
-        outputs = {
-            "candidates": found.entries,
-            "candidate_keys": found.keys,
-            "candidate_scales": found.key_scales,
-            "candidate_values": found.values,
-        }
-        scan = self.engine.bind({"router_input": x, **self.inputs}, outputs)
-
-        def run() -> None:
-            scan()
-            lap("scan")
-
-        return run
-
-
-def projected_scan_engine(
-    memory: CompressedMemory,
-    inputs: Mapping[str, NDArray[Any]],
-    candidates: int,
-    *,
-    threads: int | None = None,
-) -> OrtEngine:
-    """What finds the candidates [T, R] of router inputs [T, D] and gathers what belongs to them.
-
-    Projection and scan are products with 8 or 4 bits (`MatMulNBits`), for which the queries are
-    rounded to int8 in blocks: `two_stage.projected_scores` with `int8_queries`. The keys' norms,
-    where they count, and the mask of entries from n_valid are the second product's bias.
-    """
-    g = NodeList()
-    size, experts = memory.size, memory.values.shape[1]
-    g.constant("center", np.ascontiguousarray(memory.center, np.float32))
-    queries = _centred(g, RBF_CLIP)
-    scores, weights = projected_scores(g, memory, queries, memory.entries)
-    _best(g, scores, candidates)
-    rows = append_keys(g, memory, "candidates", "rows")
-    g.op("Mul", rows, g.op("Gather", "multipliers", "candidates"), out="candidate_keys")
-    append_values(g, memory.values, "candidates", "candidate_values")
-    g.op("Gather", "key_scales", "candidates", out="candidate_scales")
-    graph = graph_bytes(
-        g.nodes,
-        [
-            Tensor("router_input", np.float32, ("tokens", size)),
-            *(Tensor(name, array.dtype, array.shape) for name, array in inputs.items()),
-        ],
-        [
-            Tensor("candidates", np.int64, ("tokens", candidates)),
-            Tensor("candidate_keys", np.float32, ("tokens", candidates, size)),
-            Tensor("candidate_scales", np.float32, ("tokens", candidates, 2)),
-            Tensor("candidate_values", np.float32, ("tokens", candidates, experts)),
-        ],
-        g.constants,
-        weights,
-    )
-    return OrtEngine(graph, threads=threads, weights=weights)
 
 
 def projected_scores(
@@ -241,28 +58,6 @@ def projected_scores(
     return scores, weights
 
 
-def scan_engine(memory: GateMemory, candidates: int, *, threads: int | None = None) -> OrtEngine:
-    """What finds the candidates [T, R] of router inputs [T, D], entries in rising order.
-
-    Rows of int8 queries times columns of int8 keys, exact in integers; the sums become scores as
-    `two_stage.scan_scores` has them, those of cosine but for the length of the query.
-    """
-    g = NodeList()
-    g.constant("center", np.ascontiguousarray(memory.center, np.float32))
-    cosine = memory.similarity == "cosine"
-    queries = _centred(g, float(np.finfo(np.float32).max) if cosine else RBF_CLIP)
-    scores, weights = int8_scores(g, memory, queries)
-    _best(g, scores, candidates)
-    graph = graph_bytes(
-        g.nodes,
-        [Tensor("router_input", np.float32, ("tokens", memory.keys.shape[1]))],
-        [Tensor("candidates", np.int64, ("tokens", candidates))],
-        g.constants,
-        weights,
-    )
-    return OrtEngine(graph, threads=threads, weights=weights, precise_int8=int8_is_cut_off())
-
-
 def int8_scores(
     g: NodeList, memory: GateMemory, queries: str
 ) -> tuple[str, dict[str, NDArray[Any]]]:
@@ -291,10 +86,43 @@ def int8_scores(
     return g.op("Sub", nearness, "norms"), weights
 
 
-def _centred(g: NodeList, bound: float) -> str:
-    """Router inputs [T, D] minus the centre, within a bound."""
-    centred = g.op("Sub", "router_input", "center")
-    return g.op("Clip", centred, g.number(-bound), g.number(bound))
+def blocked_count(count: int) -> int:
+    """Scores that a scan of that many entries is to have, so that blocks of them are whole."""
+    return count + -count % BLOCK if count >= BLOCKED_ENTRIES else count
+
+
+def best_entries(g: NodeList, scores: str, candidates: int, count: int) -> str:
+    """Append what finds the R entries with the best scores [T, N], in rising order: [T, R].
+
+    Of equal ones the first. In blocks: the R best lie in the R blocks whose maxima are the best,
+    since each of these has an entry as good as its maximum.
+    """
+    r = g.ints(candidates)
+    if count < BLOCKED_ENTRIES or count % BLOCK:
+        return _rising(g, _best(g, scores, r), r)
+    table = g.constant("table", np.arange(count).reshape(-1, BLOCK))
+    rows = g.op("Reshape", scores, g.ints(0, -1, BLOCK))
+    maxima = g.op("ReduceMax", rows, g.ints(2), keepdims=0)
+    b = g.ints(min(candidates, count // BLOCK))
+    blocks = _rising(g, _best(g, maxima, b), b)
+    flat = g.ints(0, -1)
+    picked = g.op("GatherND", rows, g.op("Unsqueeze", blocks, g.ints(2)), batch_dims=1)
+    entries = g.op("Reshape", g.op("Gather", table, blocks), flat)
+    places = _rising(g, _best(g, g.op("Reshape", picked, flat), r), r)
+    return g.op("GatherElements", entries, places, axis=1)
+
+
+def _best(g: NodeList, scores: str, count: str) -> str:
+    """Where the best of each row are, in no order."""
+    number = len(g.nodes)
+    return g.ops("TopK", scores, count, out=(f"best_{number}", f"at_{number}"), sorted=0)[1]
+
+
+def _rising(g: NodeList, numbers: str, count: str) -> str:
+    """Rows of numbers in rising order."""
+    number = len(g.nodes)
+    out = (f"rising_{number}", f"order_{number}")
+    return g.ops("TopK", numbers, count, out=out, largest=0)[0]
 
 
 @cache
@@ -339,13 +167,6 @@ def _scan_weights(
         keys[:, piece] = scan.keys.T
         scales[piece] = scan.scales
     return keys, np.ascontiguousarray(scales[:, 0]), scales[:, 1]
-
-
-def _best(g: NodeList, scores: str, candidates: int) -> None:
-    """The R entries with the best scores [T, N], in rising order: `candidates` [T, R]."""
-    r = g.ints(candidates)
-    ranked = g.ops("TopK", scores, r, out=("best", "ranked"), axis=1, sorted=0)[1]
-    g.ops("TopK", ranked, r, out=("candidates", "order"), axis=1, largest=0)
 
 
 def _bits_product(g: NodeList, inputs: list[str], shape: tuple[int, int], bits: int) -> str:

@@ -2,42 +2,38 @@
 
 What is scanned is int8 keys made of the memory's keys when it is put in place, so that a memory
 takes 5 bytes an element of its keys instead of 4; or, of a compressed memory, its projected keys,
-and then the full keys stay as they are stored (scan.py). One token of one sequence has a graph of
-its own for all of it (one_token.py), or, where the memory has none, the scan's and behind it the
-bundle's own gate over the R candidates. Several tokens have candidates each of their own, which is
-NumPy's; where that takes longer than to score all entries in one product, that is done instead.
+and then the full keys stay as they are stored (scan.py). All of it is one graph (retrieval.py),
+which also blends where each token is the next of a sequence; what it finds for prompts is blended
+by NumPy. Where that takes longer than to score all entries in one product, that is done instead.
 The reference is runtime/two_stage.py with `int8_queries`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..blend import GateMemory, prepare_queries
+from ..blend import GateMemory
 from ..compressed import CompressedMemory, Memory
 from ..engines.base import Engine, Run
 from ..engines.onnxruntime import OrtEngine
 from ..errors import SettingError
 from ..routing import RoutingRule
-from ..two_stage import MAX_CANDIDATES, rank_products
+from ..two_stage import MAX_CANDIDATES
 from .base import GateBuffers, GateTrace
 from .numpy import NumpyGate
-from .one_token import OneTokenGate, serves
 from .onnx import OnnxGate
-from .scan import Candidates, Int8Scan, ProjectedScan, Scan, scan_engine
+from .retrieval import Retrieval
 
 # Elements of keys [N, D] above which the scan gains more than the second stage costs
 # (benchmarks/cpu_scan.py).
 SCANNED_ELEMENTS = 1 << 20
-# The same for calls of several tokens, to which the exact product and its ranking are cheaper.
-MANY_ELEMENTS = 1 << 24
-MANY_SIZE = 512
-AT_ONCE = 8  # tokens; bounds the candidates' keys [tokens, R, D]
+# Entries from which prompts gain too: what candidates cost each of their tokens is the same however
+# many there are, what scoring all of them costs is not.
+MANY_ENTRIES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +41,19 @@ class TwoStageGate(NumpyGate):
     """`NumpyGate` with its search in two stages.
 
     Args:
-        scan: Finds the candidates, in a memory as it is or compressed.
+        retrieval: Over the memory as it is or compressed.
         gate: The engine of the bundle's gate graph for the memory.
-        many: Whether calls of several tokens are searched in two stages too, or exactly.
-        one_token: What routes one token of one sequence, if the memory has such a gate.
+        many: Whether prompts are searched in two stages too, or exactly.
+        frozen: The engine of the bundle's gate graph without a memory: the routing rule over what
+            the retrieval blended; None leaves the blend to NumPy.
         memory: What is blended; its keys are read by exact searches alone.
     """
 
     memory: GateMemory
-    scan: Scan
+    retrieval: Retrieval
     gate: Engine
     many: bool
-    one_token: OneTokenGate | None = None
+    frozen: Engine | None = None
 
     backend = "two-stage"
 
@@ -78,56 +75,48 @@ class TwoStageGate(NumpyGate):
             memory: Its keys are read now, and again at every call.
             rule, experts_per_token, selection_bias: See `NumpyGate`.
             candidates: R; None takes what the projection was made for, or the most there are.
-            frozen: Of the bundle's gate graph without a memory: routes single tokens after a
-                retrieval of their own (one_token.py) where the memory has one.
+            frozen: See `TwoStageGate`.
 
         Raises:
             SettingError: If the memory asks for more than R neighbours.
         """
         if candidates is None:
             candidates = most_candidates(memory)
-        count = min(candidates, entries_of(memory))
         if not fits(memory, candidates):
             raise SettingError(
                 "neighbors", "more than the gate 'two-stage' scores again",
                 expected=f"at most {candidates}", found=memory.k,
                 fix="Ask for fewer neighbours, or take the gate 'onnx'.",
             )  # fmt: skip
+        count = min(candidates, entries_of(memory))
         if isinstance(memory, CompressedMemory):
-            scan: Scan = ProjectedScan.over(memory, count, threads=engine.threads)
             whole, many = memory.without_keys(), True
         else:
-            scan = Int8Scan(scan_engine(memory, count, threads=engine.threads), memory, count)
             whole, many = memory, pays_for_many(memory)
-        one_token = None
-        # Its graph has what it scans once more, which of large int8 keys is too much.
-        small = isinstance(memory, CompressedMemory) or not many
-        if frozen is not None and small and serves(memory, count):
-            one_token = OneTokenGate.over(memory, count, frozen, selection_bias)
         return TwoStageGate(
             rule=rule,
             experts_per_token=experts_per_token,
             memory=whole,
             selection_bias=selection_bias,
-            scan=scan,
+            retrieval=Retrieval.over(memory, count, threads=engine.threads),
             gate=engine,
             many=many,
-            one_token=one_token,
+            frozen=frozen,
         )
 
     @property
     def candidates(self) -> int:
         """R, at most N."""
-        return self.scan.candidates
+        return self.retrieval.candidates
 
     @property
     def neighbors(self) -> int:
         """See `Gate.neighbors`."""
-        return min(self.memory.k, self.candidates)
+        return self.retrieval.neighbors
 
-    def searches_exactly(self, tokens: int) -> bool:
-        """Whether calls of that many tokens score all entries."""
-        return tokens > 1 and not self.many
+    def searches_exactly(self, tokens: int, sequences: int) -> bool:
+        """Whether calls of that many tokens of so many sequences score all entries."""
+        return tokens > sequences and not self.many
 
     def exact(self) -> OnnxGate:
         """The gate that scores all entries."""
@@ -135,49 +124,26 @@ class TwoStageGate(NumpyGate):
 
     def bind(self, buffers: GateBuffers, trace: GateTrace | None = None) -> Run:
         """See `Gate.bind`."""
-        if self.searches_exactly(len(buffers.router_input)):
+        tokens, sequences = len(buffers.router_input), len(buffers.lengths)
+        if self.searches_exactly(tokens, sequences):
             return self.exact().bind(buffers, trace)
-        if len(buffers.router_input) > 1:
-            return super().bind(buffers, trace)
-        if self.one_token is None:
-            return self._bind_one(buffers, trace)
-        alone, lengths = self.one_token.bind(buffers, trace, self.lap), buffers.lengths
-
-        @cache
-        def padded() -> Run:
-            return self._bind_one(buffers, trace)
-
-        def run() -> None:
-            if lengths[0]:
-                alone()
-            else:  # a sequence that has ended: its evidence stays as it is
-                padded()()
-
-        return run
-
-    def _bind_one(self, buffers: GateBuffers, trace: GateTrace | None) -> Run:
-        """One token by the bundle's own gate graph over its candidates."""
-        found = self._buffers(1)
-        scan = self.scan.bind(buffers.router_input, found, self.lap)
-        among = replace(
-            self.memory,
-            keys=found.keys[0],
-            key_scales=found.key_scales[0],
-            values=found.values[0],
-            n_valid=min(self.memory.n_valid, self.candidates),
-            evidence_weights=np.zeros(self.candidates, np.float32),
-        )
-        gate = OnnxGate.over(self.gate, among, self.selection_bias).bind(buffers, trace)
-        entries, evidence = found.entries[0], self.memory.entry_evidence()
+        general = super().bind(buffers, trace)
+        if self.frozen is None or not self.retrieval.experts or tokens > sequences:
+            return general
+        blended = np.zeros_like(buffers.router_logits)
+        retrieve = self.retrieval.bind(buffers, blended, trace)
+        logits = GateBuffers(**{**vars(buffers), "router_logits": blended})
+        route = OnnxGate(self.frozen, {}, 0, self.selection_bias).bind(logits)
+        lengths = buffers.lengths
 
         def run() -> None:
-            scan()
-            evidence.take(entries, out=among.evidence_weights, mode="clip")
-            self.lap("gather")
-            gate()
-            self.lap("blend")
-            if trace is not None:
-                trace.neighbors[...] = entries[trace.neighbors]
+            if not lengths.all():  # of a sequence that has ended the evidence stays as it is
+                general()
+                return
+            retrieve()
+            self.lap("retrieve")
+            route()
+            self.lap("rule")
 
         return run
 
@@ -185,27 +151,10 @@ class TwoStageGate(NumpyGate):
         self, memory: GateMemory, x: NDArray[Any]
     ) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.bool_]]:
         """See `NumpyGate.find`."""
-        parts = []
-        for start in range(0, len(x), AT_ONCE):
-            piece = x[start : start + AT_ONCE]
-            found = self._buffers(len(piece))
-            self.scan.bind(piece, found, self.lap)()
-            self.lap("gather")
-            queries = prepare_queries(piece, memory)
-            # Capacity may hold anything, NaN and infinities too.
-            with np.errstate(invalid="ignore", over="ignore"):
-                # Not a product of matrices: libraries of those take threads that nobody gave them.
-                products = np.einsum("trd,td->tr", found.keys, queries, dtype=self.dtype)
-                products *= found.key_scales[:, :, 0]
-            norms = found.key_scales[:, :, 1].astype(self.dtype)
-            parts.append(rank_products(found.entries, products, norms, queries, memory))
-            self.lap("select")
-        neighbors, similarities, exist = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return neighbors, similarities, exist
-
-    def _buffers(self, tokens: int) -> Candidates:
-        size, experts = len(self.memory.center), self.memory.values.shape[1]
-        return Candidates.empty(tokens, self.candidates, size, experts)
+        neighbors, similarities = self.retrieval.search(x)
+        exist = neighbors < memory.n_valid
+        self.lap("scan")
+        return neighbors, np.where(exist, similarities, 0).astype(self.dtype), exist
 
 
 def entries_of(memory: Memory) -> int:
@@ -230,5 +179,5 @@ def pays(memory: Memory) -> bool:
 
 
 def pays_for_many(memory: GateMemory) -> bool:
-    """The same for several tokens."""
-    return memory.keys.shape[1] >= MANY_SIZE and memory.keys.size >= MANY_ELEMENTS
+    """The same for prompts."""
+    return len(memory.keys) >= MANY_ENTRIES

@@ -80,18 +80,14 @@ def _gate_bytes(gate: Gate) -> int:
     inputs = getattr(gate, "inputs", None)
     if inputs is not None:
         return _distinct(inputs.values())
-    memory, scan = getattr(gate, "memory", None), getattr(gate, "scan", None)
+    memory, retrieval = getattr(gate, "memory", None), getattr(gate, "retrieval", None)
     if memory is None:
         return 0
-    total: int = _distinct([memory.keys, memory.key_scales, memory.values])
-    if scan is None:
-        return total
-    inputs = getattr(scan, "inputs", None)  # of a compressed memory: what candidates come from
-    stored = {} if inputs is None else {name: inputs[name] for name in ("keys", "key_codes")
-                                        if name in inputs}  # fmt: skip
-    scanned = len(memory.values) * int(scan.width) * int(scan.bits) // 8
-    graphs = 1 if getattr(gate, "one_token", None) is None else 2  # that of one token has its own
-    return total + graphs * scanned + _distinct(stored.values())
+    held = [memory.keys, memory.key_scales, memory.values]
+    if retrieval is None:
+        return _distinct(held)
+    scanned = int(retrieval.entries * retrieval.width * retrieval.bits) // 8
+    return scanned + _distinct([*held, *retrieval.inputs.values()])
 
 
 def _distinct(arrays: Any) -> int:

@@ -8,20 +8,21 @@ a session of its own with ONNX Runtime's profiler, which adds about a microsecon
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ..engines.base import BoundEngine
 from ..engines.onnxruntime import OrtEngine
 from ..gates.base import Gate, GateBuffers
 from ..gates.numpy import NumpyGate
-from ..gates.one_token import OneTokenGate
 from ..gates.onnx import OnnxGate
+from ..gates.scan import BLOCK
 from ..gates.two_stage import TwoStageGate
 from ..layouts import Parts
 from .record import Samples
@@ -65,8 +66,9 @@ def look_inside(
     graphs: dict[str, BoundEngine] = {}
     for name, bound in parts.gates.items():
         gate, buffers = bound.gate, bound.buffers
-        if isinstance(gate, TwoStageGate) and gate.searches_exactly(len(buffers.router_input)):
-            gate = gate.exact()
+        if isinstance(gate, TwoStageGate):
+            tokens, sequences = len(buffers.router_input), len(buffers.lengths)
+            gate = gate.exact() if gate.searches_exactly(tokens, sequences) else gate
         if cuda is not None:
             if hasattr(gate, "stages"):
                 found[name] = _events(gate, buffers, samples, cuda)
@@ -74,7 +76,7 @@ def look_inside(
             graphs[name] = gate.bound(buffers)
         elif isinstance(gate, NumpyGate):
             found[name] = _laps(gate, buffers, samples)
-            if "retrieve" in found[name]:
+            if isinstance(gate, TwoStageGate) and "retrieve" in found[name]:
                 found[name] = {**_retrieval(gate, buffers, samples), "rule": found[name]["rule"]}
     if depth == "all" and cuda is None:
         graphs |= parts.engines
@@ -106,12 +108,13 @@ def _laps(gate: NumpyGate, buffers: GateBuffers, samples: int) -> Stages:
     return _transposed(runs[WARMUP:])
 
 
-def _retrieval(gate: Any, buffers: GateBuffers, samples: int) -> Stages:
-    """Stages of the graph that retrieves and blends for one token."""
-    alone: OneTokenGate = gate.one_token
+def _retrieval(gate: TwoStageGate, buffers: GateBuffers, samples: int) -> Stages:
+    """Stages of the graph that retrieves and blends."""
+    alone = gate.retrieval
+    blended = np.zeros_like(buffers.router_logits)
     with TemporaryDirectory(prefix="knnmoe-profile-") as folder:
         twin = alone.make(profile=Path(folder) / "run")
-        run = replace(alone, engine=twin).bind(buffers)
+        run = replace(alone, engine=twin).bind(buffers, blended, None)
         for _ in range(WARMUP + samples):
             run()
         runs = split_runs(json.loads(twin.end_profile().read_bytes()))
@@ -198,14 +201,23 @@ def _stage(node: Event, entries: int, graph: Graph) -> str:
 
 
 def _covers(node: Event, entries: int, graph: Graph) -> bool:
-    """Whether an operator writes something of every entry: along a dimension, or, where a graph of
-    one token looks at them in blocks, in all.
+    """Whether an operator writes something of every entry: along a dimension, or, where retrieval
+    looks at them in blocks, along two.
     """
     outputs = node["args"].get("output_type_shape", [])
     sizes = [shape for output in outputs for shape in output.values()]
     if graph == "retrieval":
-        return any(math.prod(shape) >= entries for shape in sizes)
+        if node["args"].get("op_name") == "ReduceMax":  # of blocks
+            return any(shape[-1] * BLOCK >= entries for shape in sizes if shape)
+        return any(_scores(shape) >= entries for shape in sizes)
     return entries > 0 and any(max(shape, default=0) >= entries for shape in sizes)
+
+
+def _scores(shape: Sequence[int]) -> int:
+    """Of how many entries an output [T, N] or [T, N / BLOCK, BLOCK] tells, if it is such a one."""
+    if len(shape) == 3 and shape[-1] == BLOCK:
+        return shape[1] * BLOCK
+    return shape[-1] if len(shape) == 2 else 0
 
 
 def _transposed(runs: list[dict[str, float]]) -> Stages:

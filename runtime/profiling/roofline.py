@@ -150,9 +150,9 @@ def expected_experts(experts: int, active: int, tokens: int) -> float:
     return float(experts * (1 - (1 - active / experts) ** tokens))
 
 
-def gate_cost(gate: Gate, tokens: int) -> Cost:
-    """What a gate's search costs at least; nothing worth counting where it has no memory."""
-    if isinstance(gate, TwoStageGate) and not gate.searches_exactly(tokens):
+def gate_cost(gate: Gate, tokens: int, sequences: int = 1) -> Cost:
+    """What a gate's search of T tokens of B sequences costs at least; without a memory, nothing."""
+    if isinstance(gate, TwoStageGate) and not gate.searches_exactly(tokens, sequences):
         return _two_stages(gate, tokens)
     if isinstance(gate, NumpyGate):
         if gate.memory is None:
@@ -181,15 +181,15 @@ def exact_search(keys: Any, values: Any, neighbors: int, tokens: int) -> Cost:
 
 
 def _two_stages(gate: TwoStageGate, tokens: int) -> Cost:
-    """What is scanned read once, and R keys and values gathered a token."""
-    scan, memory = gate.scan, gate.memory
-    inputs: Mapping[str, Any] = getattr(scan, "inputs", {"keys": memory.keys})
-    kept = inputs["keys"] if "keys" in inputs else inputs["key_codes"]
-    count, size = len(kept), len(memory.center)
-    gathered = scan.candidates * (_row_bytes(kept) + _row_bytes(memory.values))
+    """What is scanned read once, and R keys and K values gathered a token."""
+    found = gate.retrieval
+    rows = [array for name, array in found.inputs.items() if name.endswith(("keys", "_codes"))]
+    gathered = found.candidates * sum(map(_row_bytes, rows))
+    gathered += gate.neighbors * _row_bytes(gate.memory.values)
+    compared = found.candidates * sum(int(array.shape[1]) for array in rows)
     return Cost(
-        count * scan.width * scan.bits // 8 + tokens * gathered,
-        tokens * (2 * count * scan.width + 2 * scan.candidates * size),
+        found.entries * found.width * found.bits // 8 + tokens * gathered,
+        2 * tokens * (found.entries * found.width + compared),
     )
 
 

@@ -226,7 +226,7 @@ class _Counter:
     def _costs(self, pipeline: Pipeline, parts: Any, shape: Shape) -> dict[str, Cost]:
         tokens = shape.batch * shape.tokens
         costs: dict[str, Cost] = {
-            name: gate_cost(bound.gate, tokens) for name, bound in parts.gates.items()
+            name: gate_cost(bound.gate, tokens, shape.batch) for name, bound in parts.gates.items()
         }
         segments = [self._segment(index, shape) for index in range(len(self._weights))]
         if "fused" in parts.engines:

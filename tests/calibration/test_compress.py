@@ -20,7 +20,7 @@ from knnmoe.calibration.budget import Budget, compress_to_budget
 from knnmoe.calibration.cli import memory as memory_commands
 from knnmoe.calibration.compress import CompressSettings, Kept, compress_pack
 from knnmoe.calibration.recall import Exact, measure_recall, principal, project_keys, turned
-from knnmoe.runtime.blend import knn_blend, search
+from knnmoe.runtime.blend import knn_blend, prepare_queries, search
 from knnmoe.runtime.bundle import Bundle, describe_file
 from knnmoe.runtime.calibration import preset
 from knnmoe.runtime.compressed import CompressedMemory
@@ -29,7 +29,7 @@ from knnmoe.runtime.errors import MemoryPackError, OutputError, SettingError
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.numpy import NumpyGate
 from knnmoe.runtime.gates.onnx import OnnxGate, graph_name
-from knnmoe.runtime.gates.scan import Candidates, ProjectedScan
+from knnmoe.runtime.gates.retrieval import Retrieval
 from knnmoe.runtime.gates.select import choose, make_gate
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.memory import MemoryPack
@@ -158,21 +158,17 @@ def test_the_gate_routes_as_the_exact_one_where_all_neighbours_are_candidates(
 
 def test_candidates_are_those_that_the_reference_scores_best(by_similarity: Any) -> None:
     path, similarity = by_similarity
-    memory = memory_from(path, similarity, n_valid=500)
+    # As many neighbours as candidates: all of them are named.
+    memory = replace(memory_from(path, similarity, n_valid=500), k=20)
     x = queries(memory, 6) * np.array([[1e-2], [1], [1], [30], [1], [0]], np.float32)
-    found = Candidates.empty(6, 20, SIZE, EXPERTS)
-    ProjectedScan.over(memory, 20, threads=1).bind(x, found)()
+    found = Retrieval.over(memory, 20, threads=1).search(x)[0]
     scores = projected_scores(x, memory, np.float64, int8_queries=True)
     best = -np.sort(-scores, axis=1)[:, :20]
-    got = -np.sort(-np.take_along_axis(scores, found.entries, axis=1), axis=1)
+    got = -np.sort(-np.take_along_axis(scores, found, axis=1), axis=1)
     # Of two roundings to the nearest that are as near, either may be taken.
     slack = 0.02 * np.abs(best).max(axis=1, keepdims=True)
     assert (got >= best - slack).all()
-    assert (np.diff(found.entries, axis=1) > 0).all()
-    np.testing.assert_allclose(
-        found.keys, memory.rows(found.entries.reshape(-1)).reshape(6, 20, -1)
-    )
-    np.testing.assert_array_equal(found.values, memory.values[found.entries])
+    assert all(len(set(row)) == 20 for row in found.tolist())
 
 
 def test_estimates_of_scores_are_not_biased(by_similarity: Any) -> None:
@@ -331,9 +327,9 @@ def test_int8_keys_are_within_half_a_step_and_are_what_every_gate_reads(
     exact = small.gate_memory(gate, RULE)
     np.testing.assert_allclose(memory.widened().keys, exact.keys, atol=1e-5)
     x = queries(memory, 1)
-    found = Candidates.empty(1, 16, SIZE, EXPERTS)
-    ProjectedScan.over(memory, 16, threads=1).bind(x, found)()
-    np.testing.assert_allclose(found.keys[0], exact.keys[found.entries[0]], atol=1e-5)
+    entries, similarities = Retrieval.over(memory, 16, threads=1).search(x)
+    products = exact.keys[entries[0]] @ prepare_queries(x, exact)[0]
+    np.testing.assert_allclose(similarities[0], np.clip(products, 0, 1), atol=1e-5)
 
 
 def test_the_width_chosen_is_the_smallest_that_finds_the_neighbours() -> None:

@@ -21,7 +21,7 @@ from knnmoe.calibration.costs import (
     plain_bytes,
 )
 from knnmoe.runtime.errors import SettingError
-from knnmoe.runtime.gates import one_token, scan
+from knnmoe.runtime.gates import retrieval
 from knnmoe.runtime.gates.onnx import memory_inputs
 from memories import random_memory
 
@@ -47,15 +47,11 @@ def test_bytes_are_those_of_the_arrays_that_a_search_and_a_blend_read(
         def __init__(self, graph: Any, **options: Any) -> None:
             weights.extend(options["weights"].values())
 
-    monkeypatch.setattr(scan, "OrtEngine", Engine)
-    monkeypatch.setattr(one_token, "OrtEngine", Engine)
-    memory = made_up(shape, Use(8))
-    many = scan.ProjectedScan.over(memory, 16, threads=1)
-    one = one_token.OneTokenGate.over(memory, 16, Engine(None, weights={}))  # type: ignore[arg-type]
+    monkeypatch.setattr(retrieval, "OrtEngine", Engine)
+    memory = made_up(shape, Use(8, weighted=True))
+    found = retrieval.Retrieval.over(memory, 16, threads=1)
     # Views of an array are that array.
-    shared = [*many.inputs.values(), *one.inputs.values()]
-    arrays = {a.__array_interface__["data"][0]: a for a in shared}
-    arrays |= {0: memory.without_keys().entry_evidence()}
+    arrays = {a.__array_interface__["data"][0]: a for a in found.inputs.values()}
     assert held_bytes(shape) == sum(a.nbytes for a in (*weights, *arrays.values()))
 
 
@@ -63,7 +59,7 @@ def test_bytes_of_a_large_memory_as_it_is_count_what_is_scanned() -> None:
     small, large = plain_bytes(4095, 256, 8), plain_bytes(4096, 256, 8)
     one = 4 * 256 + 8 + 4 * 8 + 4
     assert small == 4095 * one + 4 * 256
-    assert large == 4096 * (one + 2 * (256 + 8)) + 4 * 256
+    assert large == 4096 * (one + 256 + 8) + 4 * 256
 
 
 def test_bytes_of_a_memory_as_it_is_are_those_of_its_arrays() -> None:

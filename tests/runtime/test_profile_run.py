@@ -212,6 +212,18 @@ def test_operators_are_told_apart_by_what_they_do_to_how_much() -> None:
     assert sum_stages(nodes[-1:], 500, graph="retrieval") == {"blend": 1.0}
 
 
+def test_operators_over_all_entries_are_the_scan_also_where_they_look_at_blocks() -> None:
+    def node(op: str, *shape: int) -> dict[str, Any]:
+        return {"name": op, "dur": 1000,
+                "args": {"op_name": op, "output_type_shape": [{"float": list(shape)}]}}  # fmt: skip
+
+    scan = [node("MatMulNBits", 2, 4096), node("Reshape", 2, 128, 32), node("ReduceMax", 2, 128)]
+    # Candidates have many numbers, and more of them than there are entries.
+    others = [node("Gather", 2, 32, 2048), node("TopK", 2, 32), node("ReduceMax", 2, 1)]
+    found = sum_stages([*scan, *others], 4096, graph="retrieval")
+    assert found == {"scan": 3.0, "gather": 1.0, "select": 1.0, "blend": 1.0}
+
+
 def test_a_smaller_memory_is_the_first_entries_of_the_whole(
     tiny_bundle: Path, tiny_pack: Path
 ) -> None:

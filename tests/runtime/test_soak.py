@@ -15,7 +15,10 @@ from knnmoe.runtime import MemoryPack
 def run(tmp_path: Path, bundle: Path, pack: Path, seconds: float, sessions: int) -> soak.Report:
     memories = soak.memories_of(MemoryPack.open(pack))
     spool = tmp_path / "conversations.jsonl"
-    return soak.soak(bundle, memories, spool, seconds=seconds, sessions=sessions, swap_every=0.03)
+    return soak.soak(
+        bundle, memories, spool, seconds=seconds, sessions=sessions, swap_every=0.03,
+        rest_every=seconds / 20,
+    )  # fmt: skip
 
 
 def test_texts_under_swaps_are_what_each_session_writes_alone(
@@ -26,6 +29,7 @@ def test_texts_under_swaps_are_what_each_session_writes_alone(
     assert report.swaps > 3
     assert report.swapped_texts > 0
     assert report.tokens == report.steps > 50
+    assert report.rests >= 2
     # What was checked can fail: another token, another memory, and one that came too late.
     line = next(
         line
@@ -88,3 +92,4 @@ def test_a_minute_of_two_dozen_sessions(tmp_path: Path, tiny_bundle: Path, tiny_
     report = run(tmp_path, tiny_bundle, tiny_pack, 60.0, 24)
     assert report.problems == []
     assert report.swapped_texts > 100
+    assert report.rests >= 15

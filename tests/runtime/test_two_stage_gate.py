@@ -12,16 +12,18 @@ import pytest
 from knnmoe.runtime.blend import knn_blend, search
 from knnmoe.runtime.bundle import Bundle
 from knnmoe.runtime.calibration import Calibration
-from knnmoe.runtime.engines.onnx_bytes import Node, Tensor, graph_bytes
+from knnmoe.runtime.engines.onnx_bytes import Node, NodeList, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
 from knnmoe.runtime.errors import BackendError, SettingError
+from knnmoe.runtime.gates import retrieval, two_stage
 from knnmoe.runtime.gates import scan as scan_graphs
-from knnmoe.runtime.gates import two_stage
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.onnx import graph_name
+from knnmoe.runtime.gates.retrieval import Retrieval
 from knnmoe.runtime.gates.select import choose, make_gate
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.profiling.roofline import gate_cost
 from knnmoe.runtime.routing import select_assignments
 from knnmoe.runtime.two_stage import (
     knn_blend_in_two_stages,
@@ -90,6 +92,21 @@ def queries(memory: Any, tokens: int = TOKENS) -> Any:
     return (near + 0.1 * rng.normal(size=near.shape)).astype(np.float32)
 
 
+def candidates_engine(memory: Any, candidates: int, **options: Any) -> OrtEngine:
+    """The scan alone: centred router inputs to candidates."""
+    g = NodeList()
+    scores, weights = scan_graphs.int8_scores(g, memory, "queries")
+    entries = scan_graphs.best_entries(g, scores, candidates, len(memory.keys))
+    g.op("Identity", entries, out="candidates")
+    graph = graph_bytes(
+        g.nodes,
+        [Tensor("queries", np.float32, ("tokens", memory.keys.shape[1]))],
+        [Tensor("candidates", np.int64, ("tokens", candidates))],
+        g.constants, weights,
+    )  # fmt: skip
+    return OrtEngine(graph, threads=1, weights=weights, **options)
+
+
 @pytest.mark.parametrize("rule_first", [False, True], ids=["logits", "assignment"])
 @pytest.mark.parametrize("similarity", ["cosine", "rbf"])
 @pytest.mark.parametrize("tokens", [1, TOKENS])
@@ -130,9 +147,7 @@ def test_candidates_are_those_with_the_best_scores_of_the_scan(
     # Sizes that no one scale of all rows would do justice to.
     x = queries(memory, 6) * np.array([[1e-3], [1], [1], [30], [1], [0]], np.float32)
     found = np.zeros((6, 20), np.int64)
-    scan_graphs.scan_engine(memory, 20, threads=1).bind(
-        {"router_input": x}, {"candidates": found}
-    )()
+    candidates_engine(memory, 20).bind({"queries": x - memory.center}, {"candidates": found})()
     scores = scan_scores(x, memory, quantize_keys(memory.keys), np.float64, int8_queries=True)
     for row, entries in enumerate(found):
         assert (np.diff(entries) > 0).all()
@@ -213,12 +228,29 @@ def test_where_it_gains_nothing_several_tokens_are_searched_exactly(bench: Bench
     memory = bench.memory(10, entries=200, k=4)
     made = bench.gate(memory, candidates=4)
     # Candidates that are none: who reads them finds nobody near.
-    blind_scan = scan_graphs.scan_engine(replace(memory, n_valid=0), 4)
-    blind = replace(made, many=False, scan=scan_graphs.Int8Scan(blind_scan, memory, 4))
+    blind = replace(made, many=False, retrieval=Retrieval.over(replace(memory, n_valid=0), 4))
     x = queries(memory)
     _, trace = bench.run(blind, x, np.zeros((TOKENS, 8)), np.zeros((1, 2)))
     np.testing.assert_array_equal(trace.neighbors, search(x, memory, np.float64)[0])
     assert not TwoStageGate.over(bench.engine("cosine"), memory, bench.rule, bench.room).many
+
+
+def test_a_token_each_of_several_sequences_is_searched_in_two_stages(bench: Bench) -> None:
+    gate = bench.gate(bench.memory(10, entries=200, k=4), many=False)
+    assert gate.searches_exactly(tokens=6, sequences=3)
+    assert not gate.searches_exactly(tokens=3, sequences=3)
+    large = bench.memory(10, entries=two_stage.MANY_ENTRIES)
+    assert TwoStageGate.over(bench.engine("cosine"), large, bench.rule, bench.room).many
+
+
+def test_its_bound_is_a_scan_once_and_candidates_and_neighbours_of_each_token(bench: Bench) -> None:
+    size, experts = bench.sizes["hidden_size"], bench.sizes["num_experts"]
+    gate = bench.gate(bench.memory(10, entries=200, k=4), candidates=16)
+    found = gate_cost(gate, 3, 3)
+    assert found.bytes == 200 * size + 3 * 4 * (16 * size + 4 * experts)
+    assert found.flops == 3 * 2 * (200 * size + 16 * size)
+    exact = gate_cost(replace(gate, many=False), 3, 1)
+    assert exact.bytes == 4 * (200 * size + 3 * 4 * experts)
 
 
 def test_without_a_memory_it_is_the_frozen_router(bench: Bench) -> None:
@@ -243,8 +275,8 @@ def test_products_that_a_processor_would_cut_off_are_computed_otherwise(
     found = [np.zeros((TOKENS, 16), np.int64) for _ in range(2)]
     for cut_off, entries in zip((False, True), found, strict=True):
         monkeypatch.setattr(scan_graphs, "int8_is_cut_off", lambda cut_off=cut_off: cut_off)
-        engine = scan_graphs.scan_engine(memory, 16, threads=1)
-        engine.bind({"router_input": x}, {"candidates": entries})()
+        engine = candidates_engine(memory, 16, precise_int8=scan_graphs.int8_is_cut_off())
+        engine.bind({"queries": x - memory.center}, {"candidates": entries})()
     np.testing.assert_array_equal(*found)
 
 
@@ -277,7 +309,7 @@ def test_a_memory_whose_scan_cannot_be_built_leaves_the_old_one_serving(
     def fail(*_: Any, **__: Any) -> Any:
         raise BackendError("a graph made in memory", "no")
 
-    monkeypatch.setattr(two_stage, "scan_engine", fail)
+    monkeypatch.setattr(retrieval, "retrieval_engine", fail)
     with pytest.raises(BackendError):
         model.swap_memory(tiny_pack)
     assert steps(model).tobytes() == before.tobytes()

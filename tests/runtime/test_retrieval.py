@@ -1,4 +1,4 @@
-"""The gate of one token: equal to the NumPy reference, whatever the memory's calibration."""
+"""Retrieval in one graph: equal to the NumPy reference, whatever the memory's calibration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from knnmoe.runtime.blend import blend_found, knn_blend, prepare_queries
 from knnmoe.runtime.calibration import Calibration
 from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
-from knnmoe.runtime.gates import one_token, two_stage
+from knnmoe.runtime.gates import scan
 from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.memory import MemoryPack
@@ -57,29 +57,30 @@ def gates(tmp_path_factory: pytest.TempPathFactory) -> Gates:
 
 
 def step(
-    gate: TwoStageGate, x: Any, rows: Any, state: Any, *, real: int = 1
+    gate: TwoStageGate, x: Any, rows: Any, state: Any, *, real: Any = None
 ) -> tuple[GateBuffers, GateTrace]:
-    """One step of one token, traced."""
+    """One step of one token of each of some sequences, traced; `real` marks those that go on."""
+    count = len(x)
     buffers = GateBuffers(
         router_input=x.astype(np.float32),
         router_logits=rows.astype(np.float32),
-        state=np.array([state], np.float32),
-        lengths=np.array([real]),
-        expert_ids=np.zeros((1, ROOM), np.int32),
-        expert_weights=np.zeros((1, ROOM), np.float32),
-        state_out=np.zeros((1, 2), np.float32),
+        state=np.array(state, np.float32).reshape(count, 2),
+        lengths=np.ones(count, np.int64) if real is None else np.array(real),
+        expert_ids=np.zeros((count, ROOM), np.int32),
+        expert_weights=np.zeros((count, ROOM), np.float32),
+        state_out=np.zeros((count, 2), np.float32),
     )
-    trace = GateTrace.empty(1, gate.neighbors)
+    trace = GateTrace.empty(count, gate.neighbors)
     gate.bind(buffers, trace)()
     return buffers, trace
 
 
-def query(memory: Any, seed: int) -> Any:
-    """A router input near an entry, [1, D]."""
+def query(memory: Any, seed: int, tokens: int = 1) -> Any:
+    """Router inputs near entries, [T, D]."""
     rng = np.random.default_rng(seed)
     whole = memory.widened() if isinstance(memory, CompressedMemory) else memory
-    near = whole.keys[rng.integers(0, memory.n_valid)] * 2 + memory.center
-    return (near + 0.2 * rng.normal(size=(1, SIZE))).astype(np.float32)
+    near = whole.keys[rng.integers(0, memory.n_valid, tokens)] * 2 + memory.center
+    return (near + 0.2 * rng.normal(size=(tokens, SIZE))).astype(np.float32)
 
 
 def memories() -> dict[str, Any]:
@@ -113,45 +114,57 @@ def test_it_is_the_reference_where_every_entry_is_a_candidate(
         calibration=random_calibration(seed + 10 * len(kind)),
     )  # fmt: skip
     gate = gates.over(memory, 60)
-    assert gate.one_token is not None
-    x, rows = query(memory, seed), np.random.default_rng(seed).normal(size=(1, EXPERTS))
+    # One sequence, and several side by side, of which one has ended in the last case.
+    for tokens, real in ((1, [1]), (3, [1, 1, 1]), (3, [1, 0, 1])):
+        check_against_reference(replace(gate, many=True), memory, seed, tokens, np.array(real))
+
+
+def check_against_reference(
+    gate: TwoStageGate, memory: Any, seed: int, tokens: int, real: Any
+) -> None:
+    rng = np.random.default_rng(seed)
+    x, rows = query(memory, seed, tokens), rng.normal(size=(tokens, EXPERTS))
+    seen = rng.integers(1, 9, (tokens, 1))
+    state = np.concatenate([seen * rng.random((tokens, 1)), seen], axis=1)
     whole = memory.widened() if isinstance(memory, CompressedMemory) else memory
-    state = np.array([[3.5, 6.0]])
-    buffers, trace = step(gate, x, rows, state[0])
-    expected = knn_blend(x, rows, whole, state, np.array([1]), dtype=np.float64)
-    np.testing.assert_array_equal(trace.neighbors, expected.neighbors)
+    buffers, trace = step(gate, x, rows, state, real=real)
+    expected = knn_blend(x, rows, whole, state, real, dtype=np.float64)
+    counted = real > 0
+    np.testing.assert_array_equal(trace.neighbors[counted], expected.neighbors[counted])
     np.testing.assert_allclose(trace.similarities, expected.similarities, atol=1e-5)
     np.testing.assert_allclose(trace.confidence, expected.confidence, atol=2e-5)
     np.testing.assert_allclose(buffers.state_out, expected.state, rtol=1e-5)
     ids, weights = RULE.apply(expected.rows)
-    np.testing.assert_array_equal(buffers.expert_ids, ids)
-    np.testing.assert_allclose(buffers.expert_weights, weights, atol=2e-5)
+    np.testing.assert_array_equal(buffers.expert_ids[counted], ids[counted])
+    np.testing.assert_allclose(buffers.expert_weights[counted], weights[counted], atol=2e-5)
 
 
-@pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize("similarity", ["cosine", "rbf"])
 @pytest.mark.parametrize("entries", [320, 333])
-def test_its_candidates_are_those_of_the_scan_with_and_without_blocks(
-    gates: Gates,
-    similarity: Any,
-    entries: int,
-    blocked: bool,
-    monkeypatch: pytest.MonkeyPatch,
+def test_its_candidates_are_the_same_with_and_without_blocks(
+    gates: Gates, similarity: Any, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_token, "BLOCKED_ENTRIES", 1 if blocked else 1 << 20)
     memory = random_compressed(
         3, entries=entries, similarity=similarity, k=9, bits=4, n_valid=entries - 3,
         duplicates=True, calibration=Calibration(gamma=0.1),
     )  # fmt: skip
+    x, rows, state = query(memory, 0, 5), np.zeros((5, EXPERTS)), np.zeros((5, 2))
     for candidates in (16, 32):
-        gate = gates.over(memory, candidates)
-        scanned = replace(gate, one_token=None)
-        for seed in range(5):
-            x, rows = query(memory, seed), np.zeros((1, EXPERTS))
-            _, trace = step(gate, x, rows, (0, 0))
-            _, expected = step(scanned, x, rows, (0, 0))
-            np.testing.assert_array_equal(trace.neighbors, expected.neighbors)
-            np.testing.assert_allclose(trace.similarities, expected.similarities, atol=1e-6)
+        _, expected = step(gates.over(memory, candidates), x, rows, state)
+        with monkeypatch.context() as patch:
+            patch.setattr(scan, "BLOCKED_ENTRIES", 1)
+            _, trace = step(gates.over(memory, candidates), x, rows, state)
+        np.testing.assert_array_equal(trace.neighbors, expected.neighbors)
+        np.testing.assert_allclose(trace.similarities, expected.similarities, atol=1e-6)
+
+
+def test_a_long_call_is_searched_piece_by_piece(gates: Gates) -> None:
+    memory = random_compressed(4, entries=200, k=5)
+    retrieval = gates.over(memory, 16).retrieval
+    x = query(memory, 1, 21)
+    whole, in_pieces = retrieval.search(x), replace(retrieval, at_once=8).search(x)
+    np.testing.assert_array_equal(whole[0], in_pieces[0])
+    np.testing.assert_allclose(whole[1], in_pieces[1], atol=1e-6)
 
 
 def test_its_candidates_are_those_of_the_numpy_reference(gates: Gates) -> None:
@@ -219,26 +232,17 @@ def test_a_step_without_a_real_token_leaves_the_evidence_as_it_is(gates: Gates) 
     memory = random_compressed(10, calibration=calibration)
     gate = gates.over(memory, 16)
     x, rows = query(memory, 3), np.zeros((1, EXPERTS))
-    padded, _ = step(gate, x, rows, (1.5, 3.0), real=0)
+    padded, _ = step(gate, x, rows, (1.5, 3.0), real=[0])
     np.testing.assert_array_equal(padded.state_out, [[1.5, 3.0]])
     real, _ = step(gate, x, rows, (1.5, 3.0))
     assert real.state_out[0, 1] == pytest.approx(0.9 * 3 + 1)
 
 
-def test_what_it_does_not_serve_is_left_to_the_graphs_of_the_bundle(gates: Gates) -> None:
-    assert gates.over(random_compressed(0), 16).one_token is not None
-    assert gates.over(random_compressed(0, rule_first=True), 16).one_token is None
+def test_what_its_graph_does_not_blend_is_blended_by_numpy(gates: Gates) -> None:
+    assert gates.over(random_compressed(0), 16).retrieval.experts == EXPERTS
+    assert gates.over(random_compressed(0, rule_first=True), 16).retrieval.experts == 0
     # Candidates that do not exist would have to be masked.
-    assert gates.over(random_compressed(0, n_valid=15), 16).one_token is None
-
-
-def test_large_int8_keys_are_not_held_twice(gates: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = random_memory(0, hidden_size=SIZE, num_experts=EXPERTS)
-    assert gates.over(memory, 16).one_token is not None
-    monkeypatch.setattr(two_stage, "MANY_SIZE", SIZE)
-    monkeypatch.setattr(two_stage, "MANY_ELEMENTS", memory.keys.size)
-    assert gates.over(memory, 16).one_token is None
-    assert gates.over(random_compressed(0), 16).one_token is not None
+    assert gates.over(random_compressed(0, n_valid=15), 16).retrieval.experts == 0
 
 
 def test_a_model_counts_evidence_alike_with_and_without_it_and_after_a_new_calibration(
