@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,7 +37,7 @@ from knnmoe.runtime.compressed import CompressedMemory
 from knnmoe.runtime.engines.base import Run
 from knnmoe.runtime.engines.onnx_bytes import Node, NodeList, Tensor, graph_bytes
 from knnmoe.runtime.engines.onnxruntime import OrtEngine
-from knnmoe.runtime.gates.base import GateBuffers, GateTrace
+from knnmoe.runtime.gates.base import Gate, GateBuffers, GateTrace
 from knnmoe.runtime.gates.onnx import FROZEN, OnnxGate
 from knnmoe.runtime.gates.scan import best_entries, int8_is_cut_off, int8_scores
 from knnmoe.runtime.gates.two_stage import TwoStageGate
@@ -48,6 +49,7 @@ RULE = RoutingRule(TOP_K)
 SECONDS = 1.5  # of each row
 FEWEST = 3
 RECALLED = 64  # queries
+BATCH = 32  # sequences side by side, at most
 OTHER = np.zeros(60_000_000 // 8)
 
 Arrays = dict[str, NDArray[Any]]
@@ -154,7 +156,8 @@ def measure(
     gate = gate_engine(memory, threads, memory.similarity)
     frozen = gate_engine(memory, threads, FROZEN)
     started = perf_counter()
-    two_stage = TwoStageGate.over(gate, memory, RULE, TOP_K, frozen=frozen)
+    # Prompts too, however few the entries: whether that pays is to be seen.
+    two_stage = replace(TwoStageGate.over(gate, memory, RULE, TOP_K, frozen=frozen), many=True)
     built = perf_counter() - started
     exact = OnnxGate.over(gate, memory)
     projected = TwoStageGate.over(gate, compressed, RULE, TOP_K, frozen=frozen)
@@ -170,10 +173,14 @@ def measure(
             for name, (engine, inputs) in engines.items()
         }
         runs["scan"] = scan.bind({"queries": x - memory.center}, {"candidates": candidates})
-        runs["exact gate"] = exact.bind(buffers(x))
-        runs["two-stage gate"] = two_stage.bind(buffers(x))
-        runs["compressed gate"] = projected.bind(buffers(x))
-        runs["other memory"] = read_other_memory
+        gates: dict[str, Gate] = {
+            "exact": exact, "two-stage": two_stage, "compressed": projected
+        }  # fmt: skip
+        runs |= {name: gate.bind(buffers(x)) for name, gate in gates.items()}
+        if 1 < count <= BATCH:
+            for name, gate in gates.items():
+                runs[f"{name}, batch"] = gate.bind(buffers(x, count))
+        runs["other"] = read_other_memory
         rows.append(
             {
                 "entries": len(memory.keys),
@@ -212,17 +219,18 @@ def gate_engine(memory: GateMemory, threads: int, name: str) -> OrtEngine:
         return OrtEngine(path, threads=threads)
 
 
-def buffers(x: NDArray[np.float32]) -> GateBuffers:
+def buffers(x: NDArray[np.float32], sequences: int = 1) -> GateBuffers:
+    """Of T router inputs, of one sequence or each of its own."""
     tokens = len(x)
     random = np.random.default_rng(0)
     return GateBuffers(
         router_input=x,
         router_logits=random.standard_normal((tokens, EXPERTS), dtype=np.float32),
-        state=np.zeros((1, 2), np.float32),
-        lengths=np.array([tokens]),
+        state=np.zeros((sequences, 2), np.float32),
+        lengths=np.full(sequences, tokens // sequences),
         expert_ids=np.zeros((tokens, TOP_K), np.int32),
         expert_weights=np.zeros((tokens, TOP_K), np.float32),
-        state_out=np.zeros((1, 2), np.float32),
+        state_out=np.zeros((sequences, 2), np.float32),
     )
 
 
@@ -318,7 +326,7 @@ def recall(exact: OnnxGate, two_stage: TwoStageGate, x: NDArray[np.float32]) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    names = list(rows[0]["ms"])
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
     shown = Table(title="Median ms")
     for name in ("D", "N", "threads", "T", *names, "gate gains", "recall@8", "built in s"):
         shown.add_column(name, justify="right")
@@ -326,8 +334,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         ms = row["ms"]
         shown.add_row(
             *(str(row[name]) for name in ("hidden_size", "entries", "threads", "tokens")),
-            *(f"{ms[name]:.2f}" for name in names),
-            f"{ms['exact gate'] / ms['two-stage gate']:.2f}×",
+            *(f"{ms[name]:.2f}" if name in ms else "" for name in names),
+            f"{ms['exact'] / ms['two-stage']:.2f}×",
             f"{row['recall']:.4f}",
             f"{row['build_seconds']:.2f}",
         )
