@@ -5,7 +5,7 @@
 Keys are random directions; queries lie near keys, as router inputs of a domain do. All candidates
 of a row take turns on the same queries, so that a busy machine hits them alike: compare within a
 row. `recall@8` is that of the gate `two-stage` against the exact neighbours. How well it does on
-router inputs of a real model is in benchmarks/two_stage.py. `compressed gate` is the same gate over
+router inputs of a real model is in benchmarks/two_stage.py. `compressed` is the same gate over
 a compressed memory (fp16 keys, `--scan-width` dimensions of 4 bits, `--candidates`): its width is
 forced and its directions are random, since these keys have none of their own, so that it finds
 nothing here and only its time is meant.
@@ -176,10 +176,10 @@ def measure(
         gates: dict[str, Gate] = {
             "exact": exact, "two-stage": two_stage, "compressed": projected
         }  # fmt: skip
-        runs |= {name: gate.bind(buffers(x)) for name, gate in gates.items()}
+        runs |= {name: each.bind(buffers(x)) for name, each in gates.items()}
         if 1 < count <= BATCH:
-            for name, gate in gates.items():
-                runs[f"{name}, batch"] = gate.bind(buffers(x, count))
+            for name, each in gates.items():
+                runs[f"{name}, batch"] = each.bind(buffers(x, count))
         runs["other"] = read_other_memory
         rows.append(
             {
