@@ -56,7 +56,7 @@ def memory_bytes(layout: Any) -> int | None:
     if isinstance(wiring, FusedWiring):
         return _distinct(wiring.memory_inputs.values())
     assert isinstance(wiring, SplitWiring)
-    return sum(_gate_bytes(gate) for gate in wiring.gates)
+    return sum(gate_bytes(gate) for gate in wiring.gates)
 
 
 def account(
@@ -76,7 +76,8 @@ def account(
     return Resident(weights, kv_cache, retrieval, workspace, peak, device)
 
 
-def _gate_bytes(gate: Gate) -> int:
+def gate_bytes(gate: Gate) -> int:
+    """What a gate on the host holds of a memory, each array once."""
     inputs = getattr(gate, "inputs", None)
     if inputs is not None:
         return _distinct(inputs.values())

@@ -122,6 +122,8 @@ def run_profile(
     except KeyboardInterrupt:
         finished = False
     seconds = perf_counter() - begun
+    # What is measured below is not the model's: arrays to read, and graphs loaded once more.
+    resident = _resident(models, targets, grid, before_bytes)
     after = _moment()
     machine = _machine_bounds(first) if options.bounds and finished else None
     counter = _Counter(first, machine)
@@ -134,7 +136,7 @@ def run_profile(
         settings=grid,
         points=kept,
         machine_bounds=machine,
-        resident=_resident(models, targets, grid, before_bytes),
+        resident=resident,
         started=started,
         finished=finished,
         warnings=_warnings(kept, before, after, seconds, finished),

@@ -71,6 +71,28 @@ def test_the_json_is_a_record_with_every_part(tiny_bundle: Path, tiny_pack: Path
     assert (held.peak_rss or 0) > held.weights
 
 
+def test_bytes_are_counted_before_what_only_a_profile_takes(
+    tiny_bundle: Path, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays to read from, and graphs that are loaded again to look into."""
+    order: list[str] = []
+
+    def noted(name: str) -> None:
+        original = getattr(run, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            order.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(run, name, call)
+
+    for name in ("account", "measure_bounds", "look_inside"):
+        noted(name)
+    profiled(tiny_bundle, "--memory", tiny_pack, *QUICK)
+    assert order[:2] == ["account", "measure_bounds"]
+    assert "look_inside" in order[2:]
+
+
 def _inputs(bundle: Path, pack: Path) -> dict[Any, Any]:
     layout: Any = Model.load(bundle, memory=pack).pipeline.layout
     gates = enumerate(layout.wiring.gates)

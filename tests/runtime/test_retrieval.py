@@ -18,6 +18,8 @@ from knnmoe.runtime.gates.base import GateBuffers, GateTrace
 from knnmoe.runtime.gates.two_stage import TwoStageGate
 from knnmoe.runtime.memory import MemoryPack
 from knnmoe.runtime.model import Model
+from knnmoe.runtime.profiling.account import gate_bytes
+from knnmoe.runtime.profiling.roofline import gate_cost
 from knnmoe.runtime.routing import RoutingRule
 from knnmoe.runtime.two_stage import rank_products, search_compressed
 from memories import random_calibration, random_compressed, random_memory
@@ -243,6 +245,31 @@ def test_what_its_graph_does_not_blend_is_blended_by_numpy(gates: Gates) -> None
     assert gates.over(random_compressed(0, rule_first=True), 16).retrieval.experts == 0
     # Candidates that do not exist would have to be masked.
     assert gates.over(random_compressed(0, n_valid=15), 16).retrieval.experts == 0
+
+
+KEY_BYTES = {
+    "int8 scan": 4 * SIZE,
+    "float16 keys, fp32 values": 2 * SIZE,
+    "int8 keys, int8 values": SIZE,
+    "no keys, fp16 values": 32,
+    "graded keys, int8 values": 32 + (SIZE - 32) // 2,
+}
+
+
+@pytest.mark.parametrize("kind", KEY_BYTES)
+def test_what_a_token_reads_is_a_scan_and_the_keys_and_values_found(
+    gates: Gates, kind: str
+) -> None:
+    memory = memories()[kind](0, k=4)
+    gate = gates.over(memory, 16)
+    scanned = 60 * (SIZE if kind == "int8 scan" else 32)
+    found = gate_cost(gate, 2, 2)
+    value_bytes = memory.values.nbytes // 60
+    assert found.bytes == scanned + 2 * (16 * KEY_BYTES[kind] + 4 * value_bytes)
+    assert found.flops >= 2 * 2 * scanned
+    held = gate_bytes(gate)
+    assert held >= scanned + 60 * (KEY_BYTES[kind] + value_bytes)
+    assert held <= 2 * scanned + 60 * (KEY_BYTES[kind] + value_bytes + 16) + 8 * SIZE * SIZE
 
 
 def test_a_model_counts_evidence_alike_with_and_without_it_and_after_a_new_calibration(
