@@ -147,13 +147,26 @@ class Cuda:
         return float(self.cupy.cuda.get_elapsed_time(start, end))
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """Record what `run` puts on the stream, without running it."""
+        """Record what `run` puts on the stream, without running it.
+
+        Raises:
+            DeviceError: If something of it cannot be recorded; the stream is as it was.
+        """
         with self.current():
             self.stream.begin_capture()
             try:
-                run()
-            finally:
-                graph = self.stream.end_capture()
+                try:
+                    run()
+                finally:
+                    graph = self.stream.end_capture()
+            except Exception as error:  # CuPy's, TensorRT's, an engine's: of no common base class
+                cause = error.__context__ or error  # ending a broken capture fails, too
+                raise DeviceError(
+                    "CUDA graph",
+                    "the step cannot be captured",
+                    found=f"{type(cause).__name__}: {cause}",
+                    fix="Load the model with cuda_graph=False (--no-cuda-graph).",
+                ) from error
         return Graph(lambda: self._launch(graph))
 
     def _launch(self, graph: Any) -> None:

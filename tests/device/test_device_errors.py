@@ -71,6 +71,18 @@ def test_without_room_on_the_device_the_old_memory_serves(
     np.testing.assert_array_equal(setup.model.logits(IDS), before)
 
 
+def test_a_step_that_cannot_be_captured_says_how_to_do_without(load: Any) -> None:
+    setup = load()
+    cuda = setup.model.backend.cuda
+    before = setup.model.logits(IDS)
+    with pytest.raises(
+        DeviceError, match=r"CUDA graph: .*cannot be captured.*waited for.*cuda_graph=False"
+    ):
+        cuda.capture(cuda.synchronize)
+    assert not cuda.stream.is_capturing()
+    np.testing.assert_array_equal(setup.model.logits(IDS), before)
+
+
 def test_a_cache_beyond_the_engines_is_refused(load: Any) -> None:
     pipeline = load().model.pipeline
     with pytest.raises(SettingError, match=r"capacity: more than .*at most 96; found 97"):
