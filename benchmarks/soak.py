@@ -7,10 +7,11 @@ left unread, sliding, traced. One thread swaps memories, takes them away, and of
 refused. Each step says which memory routed it (`StepRecord.memory`), so that afterwards every
 conversation is run again by one thread on a model of its own, each step under the memory that it
 had: all tokens must be the same. A step has one memory, and one put in place before a step began
-routes it. Now and then all threads rest between two conversations, and resident memory, files,
-threads and memories that something still holds are counted: they must not grow. (While two dozen
-sessions run, what is resident goes up and down by half.) A thread without a step for a minute ends
-the run with all stacks.
+routes it. Now and then all threads rest between two conversations, and bytes that the allocator
+has given out, Python's objects, files, threads and memories that something still holds are
+counted: they must not grow. What is resident is told as well: the C library keeps pages that two dozen threads
+freed into arenas of their own, and fewer of them with MALLOC_ARENA_MAX=2 in the environment. A
+thread without a step for a minute ends the run with all stacks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
+from xml.etree import ElementTree
 
 import click
 import numpy as np
@@ -44,8 +46,8 @@ from knnmoe.runtime.errors import MemoryPackError
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTLED = 0.25  # of the samples, after which growth is looked for
-ALLOWED_GROWTH = 0.05  # of resident memory, over the run
-LEAST_GROWTH = 16 << 20  # bytes: allocators keep some
+ALLOWED_GROWTH = 0.05  # of what is in use, over the run
+LEAST_GROWTH = 1 << 20  # bytes, and as many objects for a hundred bytes each
 
 
 class StuckError(Exception):
@@ -240,9 +242,18 @@ class _Either:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process held at rest."""
+    """What the process held at rest.
+
+    Attributes:
+        used: Bytes that the C library's allocator has given out; what is resident where it does
+            not say so.
+        blocks: That Python's own allocator has given out, about one an object.
+        resident: Bytes.
+    """
 
     seconds: float
+    used: int
+    blocks: int
     resident: int
     files: int
     threads: int
@@ -256,9 +267,12 @@ class Report:
     Attributes:
         differing: Steps whose token another one alone was not, described; none if all is well.
         rests: How often all threads rested.
-        resident: Bytes at rest, the median.
-        resident_over_time: Bytes at some twenty of the rests.
-        growth: Bytes of resident memory over the run, by the median slope of the settled rests.
+        used: Bytes in use at some twenty of the rests.
+        resident: Resident bytes at the same.
+        growth: Bytes in use more at the end of the run than at its beginning, by the median slope
+            of the settled rests.
+        block_growth: The same of Python's blocks.
+        arenas: MALLOC_ARENA_MAX.
         files, threads: Open at the beginning and at the end.
         memories: That something still held, at most at rest and at the end.
     """
@@ -274,10 +288,13 @@ class Report:
     conversations: int
     differing: list[str]
     rests: int
-    resident: int
-    resident_over_time: list[int]
+    used: list[int]
+    resident: list[int]
     growth: int
     allowed_growth: int
+    block_growth: int
+    allowed_block_growth: int
+    arenas: str | None
     files: tuple[int, int]
     threads: tuple[int, int]
     memories: tuple[int, int]
@@ -286,7 +303,9 @@ class Report:
     def problems(self) -> list[str]:
         found = list(self.differing)
         if self.growth > self.allowed_growth:
-            found.append(f"resident memory grew by {self.growth} bytes")
+            found.append(f"memory in use grew by {self.growth} bytes")
+        if self.block_growth > self.allowed_block_growth:
+            found.append(f"Python's objects grew by {self.block_growth}")
         for name, (first, last) in (("files", self.files), ("threads", self.threads)):
             if last > first:
                 found.append(f"{name}: {first} at the beginning, {last} at the end")
@@ -359,7 +378,9 @@ def soak(
     replay = Replay(bundle, memories, versions.which)
     with ThreadPoolExecutor(replayers) as pool:
         found = list(pool.map(replay.check, lines))
-    resident = int(np.median([sample.resident for sample in samples])) if samples else 0
+    few = samples[:: max(1, len(samples) // 20)]
+    usual = {name: np.median([getattr(sample, name) for sample in samples] or [0])
+             for name in ("used", "blocks")}  # fmt: skip
     return Report(
         seconds=round(lasted, 1),
         sessions=sessions,
@@ -372,10 +393,13 @@ def soak(
         conversations=len(lines),
         differing=[problem for one in found for problem in one.problems],
         rests=len(samples),
-        resident=resident,
-        resident_over_time=[s.resident for s in samples[:: max(1, len(samples) // 20)]],
-        growth=growth(samples),
-        allowed_growth=max(int(ALLOWED_GROWTH * resident), LEAST_GROWTH),
+        used=[sample.used for sample in few],
+        resident=[sample.resident for sample in few],
+        growth=growth(samples, "used"),
+        allowed_growth=max(int(ALLOWED_GROWTH * usual["used"]), LEAST_GROWTH),
+        block_growth=growth(samples, "blocks"),
+        allowed_block_growth=max(int(ALLOWED_GROWTH * usual["blocks"]), LEAST_GROWTH // 100),
+        arenas=os.environ.get("MALLOC_ARENA_MAX"),
         files=(started_with[0], _files()),
         threads=(started_with[1], threading.active_count()),
         memories=(max((sample.memories for sample in samples), default=held), held),
@@ -384,8 +408,12 @@ def soak(
 
 def _swap(versions: Versions, every: float, seed: int, stop: threading.Event, rest: Rest) -> None:
     draw = random.Random(f"{seed} swaps")
-    while not stop.wait(draw.uniform(0.5, 1.5) * every):
+    due = time.monotonic()
+    while not stop.wait(min(0.1, every)):
         rest.here()
+        if time.monotonic() < due:
+            continue
+        due = time.monotonic() + draw.uniform(0.5, 1.5) * every
         if draw.random() < 0.1:
             versions.offer_wrong()
         versions.swap(draw.randrange(len(versions.memories)))
@@ -431,7 +459,11 @@ def _watch(
 
 def _sample(seconds: float, versions: Versions) -> Sample:
     gc.collect()
-    return Sample(seconds, _resident(), _files(), threading.active_count(), versions.held)
+    resident, used = _resident(), used_bytes()
+    return Sample(
+        seconds, resident if used is None else used, sys.getallocatedblocks(), resident,
+        _files(), threading.active_count(), versions.held,
+    )  # fmt: skip
 
 
 def _stuck(what: str) -> None:
@@ -447,26 +479,39 @@ def _raise_of(talkers: Sequence[Talker]) -> None:
             _stuck(f"session {talker.number} does not end")
 
 
-def growth(samples: Sequence[Sample]) -> int:
-    """Bytes that resident memory grows by over the run: the median slope of pairs (Theil, Sen)."""
+def growth(samples: Sequence[Sample], name: str) -> int:
+    """What one of the counts grows by over the run: the median slope of pairs (Theil, Sen)."""
     settled = samples[int(SETTLED * len(samples)) :]
     pairs = min(len(settled) * (len(settled) - 1) // 2, 20_000)
     if pairs < 10:
         return 0
     draw = np.random.default_rng(0)
     seconds = np.array([sample.seconds for sample in settled])
-    resident = np.array([sample.resident for sample in settled], float)
+    counts = np.array([getattr(sample, name) for sample in settled], float)
     one, other = draw.integers(len(settled), size=(2, pairs))
     apart = seconds[one] != seconds[other]
-    slopes = (resident[one] - resident[other])[apart] / (seconds[one] - seconds[other])[apart]
+    slopes = (counts[one] - counts[other])[apart] / (seconds[one] - seconds[other])[apart]
     return int(np.median(slopes) * (samples[-1].seconds - samples[0].seconds))
 
 
-def _resident() -> int:
-    """Bytes that are in use: what the C library keeps of what was freed is given back first.
+def used_bytes() -> int | None:
+    """Bytes that the C library has given out, in all of its arenas; None if it is not glibc."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_info"):
+        return None
+    libc.fopen.restype = ctypes.c_void_p
+    with tempfile.NamedTemporaryFile() as file:
+        stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+        libc.malloc_info(0, stream)
+        libc.fclose(stream)
+        told = ElementTree.parse(file.name).getroot()
+    totals = {one.get("type"): int(one.get("size", 0)) for one in told.findall("total")}
+    system = next(one for one in told.findall("system") if one.get("type") == "current")
+    return int(system.get("size", 0)) - totals["fast"] - totals["rest"] + totals["mmap"]
 
-    Two dozen threads have arenas of their own, which keep the pages that others freed into them.
-    """
+
+def _resident() -> int:
+    """Resident bytes; whole pages that the C library keeps are given back first."""
     with suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soak
 from soak_replay import Replay
@@ -78,13 +80,23 @@ def test_a_thread_without_a_step_ends_the_run(
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("rate", "leaks"), [(0, False), (1 << 20, True)])
-def test_growth_is_told_from_noise(rate: int, leaks: bool) -> None:
+@pytest.mark.parametrize("count", ["used", "blocks"])
+@pytest.mark.parametrize(("rate", "leaks"), [(0, False), (1 << 18, True)])
+def test_growth_is_told_from_noise(rate: int, leaks: bool, count: str) -> None:
+    still = soak.Sample(0, 300 << 20, 300 << 20, 300 << 20, 9, 9, 1)
     samples = [
-        soak.Sample(second, (300 << 20) + rate * second + (second * 7919 % 5 << 20), 9, 9, 1)
+        replace(still, seconds=second, **{count: (300 << 20) + rate * second + (second % 5 << 18)})
         for second in range(100)
     ]
-    assert (soak.growth(samples) > soak.LEAST_GROWTH) == leaks
+    assert (soak.growth(samples, count) > soak.LEAST_GROWTH) == leaks
+
+
+def test_bytes_in_use_are_those_of_the_c_library() -> None:
+    before = soak.used_bytes()
+    if before is None:
+        pytest.skip("not glibc")
+    held = np.ones(3 << 20, np.uint8)
+    assert (soak.used_bytes() or 0) - before == pytest.approx(held.nbytes, rel=0.05)
 
 
 @pytest.mark.slow
