@@ -9,9 +9,9 @@ conversation is run again by one thread on a model of its own, each step under t
 had: all tokens must be the same. A step has one memory, and one put in place before a step began
 routes it. Now and then all threads rest between two conversations, and bytes that the allocator
 has given out, Python's objects, files, threads and memories that something still holds are
-counted: they must not grow. What is resident is told as well: the C library keeps pages that two dozen threads
-freed into arenas of their own, and fewer of them with MALLOC_ARENA_MAX=2 in the environment. A
-thread without a step for a minute ends the run with all stacks.
+counted: they must not grow. What is resident is told as well: the C library keeps pages that two
+dozen threads freed into arenas of their own, and fewer of them with MALLOC_ARENA_MAX=2 in the
+environment. A thread without a step for a minute ends the run with all stacks.
 """
 
 from __future__ import annotations
