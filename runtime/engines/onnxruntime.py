@@ -56,6 +56,9 @@ class OrtEngine:
         # takes the core from the one it waits for (two threads on two busy cores: a
         # quarter less time a step without).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # An arena keeps the most that its engine ever took, and there are two engines a layer, of
+        # which one runs at a time: freed instead, what one took serves the next.
+        options.enable_cpu_mem_arena = False
         if precise_int8:
             options.add_session_config_entry("session.x64quantprecision", "1")
         if profile is not None:
