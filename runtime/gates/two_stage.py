@@ -127,9 +127,8 @@ class TwoStageGate(NumpyGate):
         tokens, sequences = len(buffers.router_input), len(buffers.lengths)
         if self.searches_exactly(tokens, sequences):
             return self.exact().bind(buffers, trace)
-        general = super().bind(buffers, trace)
         if self.frozen is None or not self.retrieval.experts or tokens > sequences:
-            return general
+            return super().bind(buffers, trace)
         blended = np.zeros_like(buffers.router_logits)
         retrieve = self.retrieval.bind(buffers, blended, trace)
         logits = GateBuffers(**{**vars(buffers), "router_logits": blended})
@@ -137,10 +136,9 @@ class TwoStageGate(NumpyGate):
         lengths = buffers.lengths
 
         def run() -> None:
-            if not lengths.all():  # of a sequence that has ended the evidence stays as it is
-                general()
-                return
             retrieve()
+            if not lengths.all():  # of a sequence that has ended the evidence stays as it is
+                np.copyto(buffers.state_out, buffers.state, where=lengths[:, None] == 0)
             self.lap("retrieve")
             route()
             self.lap("rule")
