@@ -120,7 +120,11 @@ class Retrieval:
     def _inputs(self, x: Any, router_logits: Any, state: Any) -> dict[str, NDArray[Any]]:
         if not self.experts:
             return {"router_input": x, **self.inputs}
-        blending = {"router_logits": router_logits[:, None], "state": state[:, None]}
+        blending = {
+            "router_logits": router_logits[:, None],
+            "state": state[:, None],
+            "ones": np.ones((len(x), 1, 1), np.float32),
+        }
         return {"router_input": x, **blending, **self.inputs}
 
 
@@ -174,7 +178,7 @@ def retrieval_engine(
     ]
     if blends(memory, candidates):
         _blend(g, memory, neighbors, similarities)
-        read += [_row("router_logits", experts), _row("state", 2)]
+        read += [_row("router_logits", experts), _row("state", 2), _row("ones", 1)]
         left += [_row("blended", experts), _row("state_out", 2), _row("confidence", 1)]
     read += [Tensor(name, array.dtype, array.shape) for name, array in inputs.items()]
     graph = graph_bytes(g.nodes, read, left, g.constants, weights)
@@ -295,16 +299,16 @@ def _confidence(g: NodeList, similarities: str, neighbors: str, memory: Memory) 
     before = "state"
     if numbers.decay != 1:
         before = g.op("Mul", before, g.number(numbers.decay))
-    # [evidence, 1] of every token.
-    first = g.constant("first", np.array([[1, 0]], np.float32))
-    token = g.constant("token", np.array([[0, 1]], np.float32))
-    gained = g.op("Add", g.op("Mul", evidence, first), token)
+    gained = g.op("Concat", evidence, "ones", axis=2)
     state = g.op("Add", before, gained, out="state_out")
-    strength = _powered(g, evidence, numbers.power)
+    factors = [_powered(g, evidence, numbers.power)]
     if numbers.sharpness:
-        strength = g.op("Mul", strength, _sequence_gate(g, evidence, state, numbers))
+        factors.append(_sequence_gate(g, evidence, state, numbers))
+    if numbers.scale != 1 or len(factors) == 1:
+        factors.append(g.number(numbers.scale))
     # No factor is above 1.
-    return g.op("Mul", strength, g.number(numbers.scale), out="confidence")
+    strength = g.op("Mul", *factors[:2], out="confidence" if len(factors) == 2 else None)
+    return strength if len(factors) == 2 else g.op("Mul", strength, factors[2], out="confidence")
 
 
 def _sequence_gate(g: NodeList, evidence: str, state: str, numbers: Calibration) -> str:
