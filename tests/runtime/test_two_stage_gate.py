@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from soak import used_bytes
 
 from knnmoe.runtime.blend import knn_blend, search
 from knnmoe.runtime.bundle import Bundle
@@ -352,3 +354,22 @@ def test_a_graph_written_by_hand_is_one_that_onnx_accepts() -> None:
 def test_a_graph_that_cannot_be_loaded_is_a_backend_error() -> None:
     with pytest.raises(BackendError, match="made in memory"):
         OrtEngine(graph_bytes([Node("Nonesuch", ["x"], ["y"])], [], [], {}, {}))
+
+
+def test_what_an_engine_took_for_a_step_is_given_back_after_it() -> None:
+    if used_bytes() is None:
+        pytest.skip("not glibc")
+    g, columns = NodeList(), 1 << 16
+    g.constant("w", np.ones((8, columns), np.float32))
+    g.op("ReduceMax", g.op("MatMul", "x", "w"), g.ints(1), out="y")
+    read, left = Tensor("x", np.float32, ("t", 8)), Tensor("y", np.float32, ("t", 1))
+    engine = OrtEngine(graph_bytes(g.nodes, [read], [left], g.constants, {}), threads=1)
+    sizes = (1, 256)  # of which the second takes 64 MB in between
+    bound = [(np.ones((t, 8), np.float32), np.zeros((t, 1), np.float32)) for t in sizes]
+    runs = [engine.bind({"x": x}, {"y": y}) for x, y in bound]
+    runs[0]()
+    gc.collect()
+    before = used_bytes() or 0
+    runs[1]()
+    assert (used_bytes() or 0) - before < 4 * sizes[1] * columns / 4
+    np.testing.assert_array_equal(bound[1][1], 8)
