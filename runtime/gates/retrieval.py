@@ -307,8 +307,10 @@ def _confidence(g: NodeList, similarities: str, neighbors: str, memory: Memory) 
     if numbers.scale != 1 or len(factors) == 1:
         factors.append(g.number(numbers.scale))
     # No factor is above 1.
-    strength = g.op("Mul", *factors[:2], out="confidence" if len(factors) == 2 else None)
-    return strength if len(factors) == 2 else g.op("Mul", strength, factors[2], out="confidence")
+    strength, *more, last = factors
+    for factor in more:
+        strength = g.op("Mul", strength, factor)
+    return g.op("Mul", strength, last, out="confidence")
 
 
 def _sequence_gate(g: NodeList, evidence: str, state: str, numbers: Calibration) -> str:
