@@ -84,11 +84,11 @@ def gate_bytes(gate: Gate) -> int:
     memory, retrieval = getattr(gate, "memory", None), getattr(gate, "retrieval", None)
     if memory is None:
         return 0
-    held = [memory.keys, memory.key_scales, memory.values]
     if retrieval is None:
-        return _distinct(held)
+        return _distinct([memory.keys, memory.key_scales, memory.values])
     scanned = int(retrieval.entries * retrieval.width * retrieval.bits) // 8
-    return scanned + _distinct([*held, *retrieval.inputs.values()])
+    # Its inputs are the keys and values as they are stored.
+    return scanned + _distinct([memory.key_scales, *retrieval.inputs.values()])
 
 
 def _distinct(arrays: Any) -> int:

@@ -269,6 +269,8 @@ def test_what_a_token_reads_is_a_scan_and_the_keys_and_values_found(
     assert found.flops >= 2 * 2 * scanned
     held = gate_bytes(gate)
     assert held >= scanned + 60 * (KEY_BYTES[kind] + value_bytes)
+    once = sum({id(array): array.nbytes for array in gate.retrieval.inputs.values()}.values())
+    assert held == scanned + once + gate.memory.key_scales.nbytes
     assert held <= 2 * scanned + 60 * (KEY_BYTES[kind] + value_bytes + 16) + 8 * SIZE * SIZE
 
 
