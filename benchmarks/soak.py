@@ -43,6 +43,7 @@ from versions import environment
 
 from knnmoe.runtime import Hooks, MemoryPack, Model, StepRecord
 from knnmoe.runtime.errors import MemoryPackError
+from knnmoe.runtime.profiling.account import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTLED = 0.25  # of the samples, after which growth is looked for
@@ -514,8 +515,7 @@ def _resident() -> int:
     """Resident bytes; whole pages that the C library keeps are given back first."""
     with suppress(AttributeError, OSError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes() or 0
 
 
 def _files() -> int:
