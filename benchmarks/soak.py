@@ -16,7 +16,6 @@ environment. A thread without a step for a minute ends the run with all stacks.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import json
@@ -30,23 +29,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
-from xml.etree import ElementTree
 
 import click
 import numpy as np
+from soak_counts import Sample, growth, open_files
 from soak_replay import Replay
 from versions import environment
 
 from knnmoe.runtime import Hooks, MemoryPack, Model, StepRecord
 from knnmoe.runtime.errors import MemoryPackError
-from knnmoe.runtime.profiling.account import resident_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTLED = 0.25  # of the samples, after which growth is looked for
 ALLOWED_GROWTH = 0.05  # of what is in use, over the run
 LEAST_GROWTH = 1 << 20  # bytes, and as many objects for a hundred bytes each
 
@@ -242,26 +238,6 @@ class _Either:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What the process held at rest.
-
-    Attributes:
-        used: Bytes that the C library's allocator has given out; what is resident where it does
-            not say so.
-        blocks: That Python's own allocator has given out, about one an object.
-        resident: Bytes.
-    """
-
-    seconds: float
-    used: int
-    blocks: int
-    resident: int
-    files: int
-    threads: int
-    memories: int
-
-
-@dataclass(frozen=True)
 class Report:
     """What a soak found.
 
@@ -345,7 +321,7 @@ def soak(
     Raises:
         StuckError: If a thread has made no step for so long; all stacks are on standard error.
     """
-    started_with = _files(), threading.active_count()
+    started_with = open_files(), threading.active_count()
     model = Model.load(bundle, threads=1)
     versions = Versions(model, memories)
     versions.swap(0)
@@ -401,7 +377,7 @@ def soak(
         block_growth=growth(samples, "blocks"),
         allowed_block_growth=max(int(ALLOWED_GROWTH * usual["blocks"]), LEAST_GROWTH // 100),
         arenas=os.environ.get("MALLOC_ARENA_MAX"),
-        files=(started_with[0], _files()),
+        files=(started_with[0], open_files()),
         threads=(started_with[1], threading.active_count()),
         memories=(max((sample.memories for sample in samples), default=held), held),
     )
@@ -449,22 +425,14 @@ def _watch(
             rest.begin()
         elif resting and rest.count == len(talkers) + 1:
             versions.swap(0)
-            samples.append(_sample(now - begun, versions))
+            gc.collect()
+            samples.append(Sample.now(now - begun, versions.held))
             rest.end()
             resting, next_rest = False, now + rest_every
         elif resting and now > next_rest + stuck_after:
             _stuck(f"of {len(talkers) + 1} threads {rest.count} came to rest")
         time.sleep(min(0.1, rest_every / 10))
     return samples
-
-
-def _sample(seconds: float, versions: Versions) -> Sample:
-    gc.collect()
-    resident, used = _resident(), used_bytes()
-    return Sample(
-        seconds, resident if used is None else used, sys.getallocatedblocks(), resident,
-        _files(), threading.active_count(), versions.held,
-    )  # fmt: skip
 
 
 def _stuck(what: str) -> None:
@@ -478,48 +446,6 @@ def _raise_of(talkers: Sequence[Talker]) -> None:
             raise talker.problem
         if not talker.done:
             _stuck(f"session {talker.number} does not end")
-
-
-def growth(samples: Sequence[Sample], name: str) -> int:
-    """What one of the counts grows by over the run: the median slope of pairs (Theil, Sen)."""
-    settled = samples[int(SETTLED * len(samples)) :]
-    pairs = min(len(settled) * (len(settled) - 1) // 2, 20_000)
-    if pairs < 10:
-        return 0
-    draw = np.random.default_rng(0)
-    seconds = np.array([sample.seconds for sample in settled])
-    counts = np.array([getattr(sample, name) for sample in settled], float)
-    one, other = draw.integers(len(settled), size=(2, pairs))
-    apart = seconds[one] != seconds[other]
-    slopes = (counts[one] - counts[other])[apart] / (seconds[one] - seconds[other])[apart]
-    return int(np.median(slopes) * (samples[-1].seconds - samples[0].seconds))
-
-
-def used_bytes() -> int | None:
-    """Bytes that the C library has given out, in all of its arenas; None if it is not glibc."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_info"):
-        return None
-    libc.fopen.restype = ctypes.c_void_p
-    with tempfile.NamedTemporaryFile() as file:
-        stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
-        libc.malloc_info(0, stream)
-        libc.fclose(stream)
-        told = ElementTree.parse(file.name).getroot()
-    totals = {one.get("type"): int(one.get("size", 0)) for one in told.findall("total")}
-    system = next(one for one in told.findall("system") if one.get("type") == "current")
-    return int(system.get("size", 0)) - totals["fast"] - totals["rest"] + totals["mmap"]
-
-
-def _resident() -> int:
-    """Resident bytes; whole pages that the C library keeps are given back first."""
-    with suppress(AttributeError, OSError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-    return resident_bytes() or 0
-
-
-def _files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def memories_of(pack: MemoryPack) -> list[MemoryPack | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soak
+import soak_counts
 from soak_replay import Replay
 
 from knnmoe.runtime import MemoryPack
@@ -84,22 +85,22 @@ def test_a_thread_without_a_step_ends_the_run(
 @pytest.mark.parametrize("count", ["used", "blocks"])
 @pytest.mark.parametrize(("rate", "leaks"), [(0, False), (1 << 18, True)])
 def test_growth_is_told_from_noise(rate: int, leaks: bool, count: str) -> None:
-    still = soak.Sample(0, 300 << 20, 300 << 20, 300 << 20, 9, 9, 1)
+    still = soak_counts.Sample(0, 300 << 20, 300 << 20, 300 << 20, 9, 9, 1)
     samples = [
         replace(still, seconds=second, **{count: (300 << 20) + rate * second + (second % 5 << 18)})
         for second in range(100)
     ]
-    assert (soak.growth(samples, count) > soak.LEAST_GROWTH) == leaks
+    assert (soak_counts.growth(samples, count) > soak.LEAST_GROWTH) == leaks
 
 
 @pytest.mark.parametrize("size", [1 << 12, 100 << 20])  # in an arena, and mapped by themselves
 def test_bytes_in_use_are_those_of_the_c_library(size: int) -> None:
-    if soak.used_bytes() is None:
+    if soak_counts.used_bytes() is None:
         pytest.skip("not glibc")
     gc.collect()  # what earlier tests left must not be freed in between
-    before = soak.used_bytes() or 0
+    before = soak_counts.used_bytes() or 0
     held = [np.ones(size, np.uint8) for _ in range((100 << 20) // size)]
-    assert (soak.used_bytes() or 0) - before == pytest.approx(size * len(held), rel=0.1)
+    assert (soak_counts.used_bytes() or 0) - before == pytest.approx(size * len(held), rel=0.1)
 
 
 @pytest.mark.slow

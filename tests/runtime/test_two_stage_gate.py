@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from soak import used_bytes
+from soak_counts import used_bytes
 
 from knnmoe.runtime.blend import knn_blend, search
 from knnmoe.runtime.bundle import Bundle
